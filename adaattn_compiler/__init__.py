@@ -1,0 +1,1 @@
+"""AdaAttn: an attention compiler as a torch.compile backend."""

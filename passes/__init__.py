@@ -1,0 +1,1 @@
+"""The stages that a captured graph goes through, one file each."""

@@ -1,0 +1,391 @@
+"""The canonical view: a Dynamo graph retold in functional ATen, for analysis only.
+
+The Dynamo graph is run once with its own fake tensors under a dispatch mode that writes down every
+ATen call. What was a method, an operator, an einsum or a module is then one of few ops, casts by
+autocast are visible, and an in-place op is its functional twin. Each ATen node remembers the
+Dynamo node it came from (`origin`), so that a match found here can be rewritten there.
+
+Kept whole: scaled_dot_product_attention (an anchor as it stands) and the calls of higher-order ops
+(`opaque`; their bodies are graphs of their own). The run adds no guards, and the Dynamo graph is
+not edited.
+
+Aliasing: after an in-place op, other tensors of the same storage are `overwritten` here: who reads
+one of them later reads an op that nobody understands, and what it belongs to is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaattn_compiler.spec import Refusal
+
+aten = torch.ops.aten
+
+SDPA_TARGETS: frozenset[Any] = frozenset(
+    {
+        torch.nn.functional.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+
+
+def opaque(*inputs: Any) -> Any:
+    """Stands in the view for a call that is not looked into."""
+    raise NotImplementedError("opaque nodes are never run")
+
+
+def overwritten(*inputs: Any) -> Any:
+    """Stands in the view for a tensor that an in-place op changed through an alias."""
+    raise NotImplementedError("overwritten nodes are never run")
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """What the analysis needs to know of a tensor; sizes are sympy expressions."""
+
+    shape: tuple[sympy.Expr, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+@dataclass(frozen=True)
+class CanonicalView:
+    """A functional ATen graph, and how its nodes and those of the Dynamo graph correspond.
+
+    values: Dynamo node -> the view's node for its result, or a (nested) tuple of such.
+    known: view node -> the first Dynamo node whose result it is.
+    read_until: view node -> the Dynamo node that overwrites its storage (it must be read before).
+    constants: view node -> its value, for tensors made from Python data in the graph.
+    """
+
+    graph: fx.Graph
+    values: dict[fx.Node, Any]
+    known: dict[fx.Node, fx.Node]
+    read_until: dict[fx.Node, fx.Node]
+    constants: dict[fx.Node, torch.Tensor]
+    live: frozenset[fx.Node]
+
+
+def meta_of(node: fx.Node) -> TensorMeta:
+    """The tensor that a view node stands for; Refusal where it is not one tensor."""
+    meta = node.meta.get("tensor")
+    if not isinstance(meta, TensorMeta):
+        raise Refusal("a value that is not a tensor", node)
+    return meta
+
+
+def origin_of(node: fx.Node) -> fx.Node:
+    """The Dynamo node that a view node came from."""
+    origin: fx.Node = node.meta["origin"]
+    return origin
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    """A Python or symbolic integer as a sympy expression."""
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(size)
+
+
+def canonicalize(graph_module: fx.GraphModule) -> CanonicalView:
+    """The canonical view of a Dynamo graph, from the `example_value` of its placeholders.
+
+    Raises whatever the run raises; the caller then leaves the graph alone.
+    """
+    recorder = _Recorder()
+    interpreter = _RecordingInterpreter(graph_module, recorder)
+    inputs = [
+        node.meta.get("example_value") for node in graph_module.graph.nodes if node.op == "placeholder"
+    ]
+    fake_mode = next((t.fake_mode for t in inputs if hasattr(t, "fake_mode")), None)
+    if fake_mode is None:
+        raise Refusal("no input is a tensor")
+    with _undisturbed(fake_mode), fake_mode, recorder:
+        interpreter.run(*inputs)
+    return recorder.finish(graph_module.graph)
+
+
+@contextlib.contextmanager
+def _undisturbed(fake_mode: Any) -> Iterator[None]:
+    """Keeps grad and autocast state, and guards, as they were before a run of the graph."""
+    shape_env = fake_mode.shape_env
+    no_guards = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
+    with (
+        torch.set_grad_enabled(torch.is_grad_enabled()),
+        torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"), dtype=torch.get_autocast_dtype("cpu")),
+        no_guards,
+    ):
+        yield
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down ATen calls as nodes of a functional graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.origin: fx.Node | None = None
+        self.paused = False
+        self.node_of: dict[int, fx.Node] = {}
+        self.kept: list[torch.Tensor] = []
+        self.aliases: dict[int, list[torch.Tensor]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.read_until: dict[fx.Node, fx.Node] = {}
+        self.constants: dict[fx.Node, torch.Tensor] = {}
+
+    # -- recording -------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)
+        if func is aten.lift_fresh.default and not _is_fake(args[0]):
+            return self._constant(args[0], func(*args))
+        node_args, node_kwargs = self.nodes((args, kwargs))
+        written = _written_tensors(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if written:
+            self._record_in_place(func, written, node_args, node_kwargs, result)
+        else:
+            self.record(func, node_args, node_kwargs, result)
+        return result
+
+    def record(self, target: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> fx.Node:
+        """A node for a call, and for each tensor of its result."""
+        node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs))
+        node.meta["origin"] = self.origin
+        self.bind(node, result)
+        return node
+
+    def bind(self, node: fx.Node, result: Any) -> None:
+        """Let the tensors of a result be known as this node (or items of it)."""
+        node.meta["grad"] = torch.is_grad_enabled()
+        if isinstance(result, torch.Tensor):
+            node.meta["tensor"] = TensorMeta(
+                tuple(size_expr(s) for s in result.shape), result.dtype, result.device
+            )
+            node.meta["fake"] = result
+            self.node_of[id(result)] = node
+            self.kept.append(result)
+            self.aliases.setdefault(_storage(result), []).append(result)
+        elif isinstance(result, (tuple, list)):
+            for position, item in enumerate(result):
+                if isinstance(item, (torch.Tensor, tuple, list)):
+                    part = self.graph.create_node("call_function", getitem, (node, position))
+                    part.meta["origin"] = self.origin
+                    self.bind(part, item)
+
+    def _record_in_place(
+        self, func: Any, written: list[torch.Tensor], args: Any, kwargs: Any, result: Any
+    ) -> None:
+        functional = _functional_twin(func)
+        for tensor in written:
+            storage = _storage(tensor)
+            for alias in self.aliases.get(storage, []):
+                old = self.node_of[id(alias)]
+                if self.origin is not None:
+                    self.read_until.setdefault(old, self.origin)
+                if alias is not tensor:
+                    stale = self.graph.create_node("call_function", overwritten, (old,))
+                    stale.meta.update(old.meta, origin=self.origin)
+                    self.node_of[id(alias)] = stale
+        target = functional if functional is not None and len(written) == 1 else opaque
+        if target is opaque:
+            kwargs = {}
+        node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs))
+        node.meta["origin"] = self.origin
+        for tensor in written:
+            self.bind(node, tensor)
+        if isinstance(result, torch.Tensor) and id(result) not in self.node_of:
+            self.bind(node, result)
+
+    def _constant(self, value: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        node = self.record(opaque, (), {}, result)
+        node.name = f"constant_{len(self.constants)}"
+        self.constants[node] = value
+        return result
+
+    # -- values to nodes -------------------------------------------------------------------
+
+    def nodes(self, tree: Any) -> Any:
+        """A tree of call arguments with tensors replaced by their nodes."""
+        if isinstance(tree, torch.Tensor):
+            if id(tree) not in self.node_of:
+                self.bind(self._unknown_tensor(tree), tree)
+            return self.node_of[id(tree)]
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self.nodes(item) for item in tree) if type(tree) in (tuple, list) else tree
+        if isinstance(tree, dict):
+            return {key: self.nodes(item) for key, item in tree.items()}
+        return tree
+
+    def _unknown_tensor(self, tensor: torch.Tensor) -> fx.Node:
+        node = self.graph.create_node("call_function", opaque, ())
+        node.meta["origin"] = self.origin
+        if not _is_fake(tensor):
+            self.constants[node] = tensor
+        return node
+
+    # -- result ----------------------------------------------------------------------------
+
+    def finish(self, dynamo_graph: fx.Graph) -> CanonicalView:
+        known: dict[fx.Node, fx.Node] = {}
+        for dynamo_node, value in self.values.items():
+            if isinstance(value, fx.Node):
+                known.setdefault(value, dynamo_node)
+        results = [
+            node for out in dynamo_graph.find_nodes(op="output") for node in _nodes_in(out, self.values)
+        ]
+        self.graph.output(tuple(results))
+        return CanonicalView(
+            self.graph, self.values, known, self.read_until, self.constants, _live(self.graph)
+        )
+
+
+class _RecordingInterpreter(fx.Interpreter):
+    """Runs the Dynamo graph, telling the recorder which node is running."""
+
+    def __init__(self, module: fx.GraphModule, recorder: _Recorder) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.recorder = recorder
+
+    def run_node(self, n: fx.Node) -> Any:
+        recorder = self.recorder
+        recorder.origin = n
+        if n.op in ("placeholder", "get_attr"):
+            result = self._input(n)
+        elif n.op == "output":
+            return super().run_node(n)
+        elif n.op == "call_function" and n.target in SDPA_TARGETS:
+            result = self._whole(n, aten.scaled_dot_product_attention.default)
+        elif isinstance(n.target, torch._ops.HigherOrderOperator):
+            result = self._opaque(n)
+        else:
+            result = super().run_node(n)
+        recorder.values[n] = recorder.nodes(result) if _has_tensor(result) else result
+        return result
+
+    def _input(self, n: fx.Node) -> Any:
+        value = n.meta.get("example_value") if n.op == "placeholder" else self.fetch_attr(str(n.target))
+        if n.op == "placeholder":
+            value = super().run_node(n)
+        if isinstance(value, torch.Tensor) and id(value) not in self.recorder.node_of:
+            node = self.recorder.graph.create_node("placeholder", n.name)
+            node.meta["origin"] = n
+            self.recorder.bind(node, value)
+            if not _is_fake(value):
+                self.recorder.constants[node] = value
+        return value
+
+    def _whole(self, n: fx.Node, target: Any) -> Any:
+        """Run a composite call but record it as one node, its arguments by schema order."""
+        recorder = self.recorder
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        recorder.paused = True
+        try:
+            result = torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
+        finally:
+            recorder.paused = False
+        recorder.record(target, *recorder.nodes((args, kwargs)), result)
+        return result
+
+    def _opaque(self, n: fx.Node) -> Any:
+        recorder = self.recorder
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        inputs = [t for t in _tensors((args, kwargs))]
+        result = n.meta.get("example_value")
+        recorder.record(opaque, recorder.nodes(inputs), {}, result)
+        return result
+
+
+def getitem(sequence: Any, position: int) -> Any:
+    """Item of a result that is a tuple, as the view has it."""
+    return sequence[position]
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "fake_mode")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
+
+
+def _has_tensor(tree: Any) -> bool:
+    return next(_tensors(tree), None) is not None
+
+
+def _nodes_in(output: fx.Node, values: dict[fx.Node, Any]) -> Iterator[fx.Node]:
+    for dynamo_node in output.all_input_nodes:
+        yield from _view_nodes(values.get(dynamo_node))
+
+
+def _view_nodes(tree: Any) -> Iterator[fx.Node]:
+    if isinstance(tree, fx.Node):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _view_nodes(item)
+
+
+def _live(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes that the outputs depend on."""
+    pending = list(graph.find_nodes(op="output"))
+    live: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live.add(node)
+            pending.extend(node.all_input_nodes)
+    return frozenset(live)
+
+
+def _written_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensor arguments that a call changes, by its schema."""
+    written = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        written.extend(_tensors(value))
+    return written
+
+
+# In-place ops whose functional twin has another overload name.
+_TWIN_OVERLOADS = {"float": "p"}
+
+
+def _functional_twin(func: Any) -> Any:
+    """`aten.add` for `aten.add_`, of the same overload; None where there is none."""
+    name = func._schema.name.split("::")[-1]
+    if not name.endswith("_"):
+        return None
+    packet = getattr(aten, name.removesuffix("_"), None)
+    overload = _TWIN_OVERLOADS.get(func._overloadname, func._overloadname)
+    return getattr(packet, overload, None) if packet is not None else None

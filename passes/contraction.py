@@ -1,0 +1,143 @@
+"""Matrix products, and how to find the one that a tensor of scores comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaattn_compiler.passes.arguments import arguments, wrapped_dim
+from adaattn_compiler.passes.canonicalize import meta_of
+from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
+from adaattn_compiler.passes.views import Access, broadcast_access, input_access
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """An element of a product: `alpha * sum_over(lhs * rhs) + beta * addend`."""
+
+    lhs: Access
+    rhs: Access
+    over: Axis
+    alpha: Any = 1
+    beta: Any = 0
+    addend: Access | None = None
+
+
+def contraction_at(access: Access, name: str) -> Contraction | None:
+    """What a product's element at this index sums, over a new axis of that name; else None."""
+    node = access.node
+    if node.target in (aten.bmm.default, aten.mm.default):
+        named = arguments(node)
+        return _matrix_product(access, named["self"], named["mat2"], name)
+    if node.target in (aten.baddbmm.default, aten.addmm.default):
+        named = arguments(node)
+        first, second = (
+            ("batch1", "batch2") if node.target is aten.baddbmm.default else ("mat1", "mat2")
+        )
+        product = _matrix_product(access, named[first], named[second], name)
+        addend = None if named["beta"] == 0 else broadcast_access(access, named["self"])
+        return Contraction(
+            product.lhs, product.rhs, product.over, named["alpha"], named["beta"], addend
+        )
+    if node.target is aten.sum.dim_IntList:
+        return _sum_of_products(access, name)
+    return None
+
+
+def is_contraction(node: fx.Node) -> bool:
+    """Whether a node is a matrix product by one of torch's names for it."""
+    return node.target in (
+        aten.bmm.default,
+        aten.mm.default,
+        aten.baddbmm.default,
+        aten.addmm.default,
+    )
+
+
+def _matrix_product(access: Access, lhs: fx.Node, rhs: fx.Node, name: str) -> Contraction:
+    over = Axis(name, meta_of(lhs).shape[-1])
+    *batch, row, column = access.index
+    inner = Index.of_axis(over)
+    return Contraction(
+        Access(lhs, (*batch, row, inner)), Access(rhs, (*batch, inner, column)), over
+    )
+
+
+def _sum_of_products(access: Access, name: str) -> Contraction | None:
+    """`(x * y).sum(dim)`."""
+    named = arguments(access.node)
+    product = named["self"]
+    dims = named["dim"] or []
+    if product.target is not aten.mul.Tensor or len(dims) != 1:
+        return None
+    factors = arguments(product)
+    if not isinstance(factors["other"], fx.Node):
+        return None
+    shape = meta_of(product).shape
+    dim = wrapped_dim(dims[0], len(shape))
+    over = Axis(name, shape[dim])
+    rest = list(access.index)
+    if named["keepdim"]:
+        del rest[dim]
+    whole = Access(product, (*rest[:dim], Index.of_axis(over), *rest[dim:]))
+    return Contraction(
+        broadcast_access(whole, factors["self"]), broadcast_access(whole, factors["other"]), over
+    )
+
+
+# Ops that a score may pass between the product and the softmax, and the operands it may be.
+_SPINE: dict[Any, tuple[str, ...]] = {
+    aten.add.Tensor: ("self", "other"),
+    aten.sub.Tensor: ("self", "other"),
+    aten.mul.Tensor: ("self", "other"),
+    aten.div.Tensor: ("self",),
+    aten.mul.Scalar: ("self",),
+    aten.div.Scalar: ("self",),
+    aten.add.Scalar: ("self",),
+    aten.rsub.Scalar: ("self",),
+    aten.tanh.default: ("self",),
+    aten.where.self: ("self", "other"),
+    aten.masked_fill.Scalar: ("self",),
+    aten.masked_fill.Tensor: ("self",),
+    aten.maximum.default: ("self", "other"),
+    aten.clamp.default: ("self",),
+    aten.clamp_min.default: ("self",),
+    aten.baddbmm.default: ("self",),
+    aten.addmm.default: ("self",),
+}
+
+
+def products_below(scores: Access, over: str) -> Iterator[tuple[Access, Contraction]]:
+    """The products that an element of the scores may come from, nearest first.
+
+    Follows views, casts and pointwise ops upward; yields each product with the index at which it
+    is read.
+    """
+    pending = [scores]
+    seen: set[Access] = set()
+    while pending:
+        access = pending.pop(0)
+        if access in seen:
+            continue
+        seen.add(access)
+        product = contraction_at(access, over)
+        if product is not None:
+            yield access, product
+        try:
+            below = input_access(access)
+        except NotAffine:
+            continue
+        if below is not None:
+            pending.append(below)
+            continue
+        names = _SPINE.get(access.node.target, ())
+        named = arguments(access.node) if names else {}
+        pending.extend(
+            broadcast_access(access, named[name]) for name in names if isinstance(named[name], fx.Node)
+        )

@@ -1,0 +1,472 @@
+"""One element of a tensor as a sympy expression of its position.
+
+`ElementReader.read(access)` follows the canonical view upward from a tensor and says what its
+element at that index is: `q >= k` for a causal mask built from `arange`, `Where(q - k < 512, 0, -oo)`
+for one that is added, `Load(slopes, h) * (k - q)` for ALiBi. Views are index arithmetic, pointwise
+ops are sympy, and what is not understood (or holds data) is a `Load` of that tensor, which is
+always exact: nothing is guessed, at worst nothing is gained.
+
+Integer and boolean arithmetic is exact. Floating-point arithmetic is read as real arithmetic;
+whoever must have the bits (a bucket boundary computed in float32) evaluates the graph instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from adaattn_compiler.passes.arguments import arguments, wrapped_dim
+from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
+from adaattn_compiler.passes.views import Access, broadcast_access, input_access
+from adaattn_compiler.spec import Load, Refusal, Where
+
+aten = torch.ops.aten
+
+
+class RowStatistic(sympy.Function):  # type: ignore[misc]
+    """A value that is the same for every key of a row (its max, its log-sum-exp)."""
+
+    is_real = True
+
+
+class Trunc(sympy.Function):  # type: ignore[misc]
+    """Rounding toward zero, as a cast from float to integer does."""
+
+    is_integer = True
+
+    @classmethod
+    def eval(cls, value: Any) -> Any:
+        if value.is_integer:
+            return value
+        if value.is_Number and value.is_finite:
+            return sympy.Integer(int(value))
+        return None
+
+
+# How the functions of `_inexact` begin.
+INEXACT = "inexact_"
+
+
+class Unreadable(Exception):
+    """This op has no expression; its result is loaded instead."""
+
+
+class ElementReader:
+    """Reads elements of one canonical view, each once.
+
+    axes: the expression of each loop axis. stops: nodes that are not looked into, with what
+    stands for their element (the QK contraction, while the scores around it are read).
+    """
+
+    def __init__(
+        self,
+        view: CanonicalView,
+        axes: Mapping[Axis, sympy.Expr],
+        stops: Mapping[fx.Node, sympy.Expr] | None = None,
+        row_axis: Axis | None = None,
+    ) -> None:
+        self.view = view
+        self.axes = axes
+        self.stops = stops or {}
+        self.row_axis = row_axis
+        self.loaded: dict[str, fx.Node] = {}
+        self._memo: dict[Access, Any] = {}
+
+    def read(self, access: Access) -> Any:
+        """The element: a sympy Boolean for boolean tensors, else a sympy expression."""
+        if access not in self._memo:
+            self._memo[access] = self._read(access)
+        return self._memo[access]
+
+    def number(self, access: Access) -> sympy.Expr:
+        """The element as a number (booleans as 0 and 1)."""
+        return as_number(self.read(access))
+
+    def condition(self, access: Access) -> Boolean:
+        """The element as a condition (numbers hold where they are not 0)."""
+        return as_condition(self.read(access))
+
+    def load(self, access: Access) -> Any:
+        """The element as read from the tensor itself."""
+        node = access.node
+        constant = self.view.constants.get(node)
+        if constant is not None and constant.numel() == 1:
+            value = constant.item()
+            return sympy.true if value is True else sympy.false if value is False else _number(value)
+        self.loaded[node.name] = node
+        index = [position.expression(self.axes) for position in access.index]
+        element = Load(sympy.Symbol(node.name), *index)
+        return sympy.Ne(element, 0) if meta_of(node).dtype == torch.bool else element
+
+    def _read(self, access: Access) -> Any:
+        if access.node in self.stops:
+            return self.stops[access.node]
+        try:
+            below = input_access(access)
+            if below is not None:
+                return self._converted(access.node, below)
+            reader = _READERS.get(access.node.target)
+            if reader is None:
+                return self.load(access)
+            return reader(self, access, arguments(access.node))
+        except (NotAffine, Unreadable, Refusal):
+            return self.load(access)
+
+    def _converted(self, node: fx.Node, below: Access) -> Any:
+        """The element of a view's input, converted where the view also changes the dtype."""
+        element = self.read(below)
+        source, target = meta_of(below.node).dtype, meta_of(node).dtype
+        if source == target or (source.is_floating_point and target.is_floating_point):
+            return element
+        if target == torch.bool:
+            return as_condition(element)
+        element = as_number(element)
+        if source.is_floating_point and not target.is_floating_point:
+            return lifted(Trunc, element)
+        return element
+
+    def operand(self, access: Access, value: Any) -> Any:
+        """An operand of a pointwise op: a tensor broadcast to the result, or a number."""
+        if isinstance(value, fx.Node):
+            return self.read(broadcast_access(access, value))
+        return _number(value)
+
+
+def as_number(element: Any) -> sympy.Expr:
+    """A condition as 1 or 0; a number as it is."""
+    if isinstance(element, Boolean):
+        return Where(element, sympy.Integer(1), sympy.Integer(0))
+    return element
+
+
+def as_condition(element: Any) -> Boolean:
+    """A number as the condition that it is not 0; a condition as it is."""
+    if isinstance(element, Boolean):
+        return element
+    if isinstance(element, Where):
+        condition, x, y = element.args
+        return sympy.Or(
+            sympy.And(condition, as_condition(x)), sympy.And(sympy.Not(condition), as_condition(y))
+        )
+    return sympy.Ne(element, 0)
+
+
+def lifted(function: Callable[..., Any], *operands: Any) -> Any:
+    """function(*operands), moved inside a Where when the other operands are plain numbers.
+
+    `(1 - Where(c, 1, 0)) * m` becomes `Where(c, 0, m)`, the form that masks are recognized in.
+    """
+    wheres = [i for i, operand in enumerate(operands) if isinstance(operand, Where)]
+    conditions = {operands[i].args[0] for i in wheres}
+    others_plain = all(
+        isinstance(o, Where) or (isinstance(o, sympy.Basic) and not o.free_symbols and not o.has(Load))
+        for o in operands
+    )
+    if not wheres or len(conditions) != 1 or not others_plain:
+        return function(*operands)
+    (condition,) = conditions
+    branches = [
+        lifted(function, *(o.args[side] if isinstance(o, Where) else o for o in operands)) for side in (1, 2)
+    ]
+    if all(isinstance(branch, Boolean) for branch in branches):
+        return sympy.Or(
+            sympy.And(condition, branches[0]), sympy.And(sympy.Not(condition), branches[1])
+        )
+    return Where(condition, *(as_number(branch) for branch in branches))
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value.node.expr
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise Unreadable("NaN")
+        if math.isinf(value):
+            return sympy.oo if value > 0 else -sympy.oo
+        return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 2**53 else sympy.Float(value)
+    raise Unreadable(str(value))
+
+
+# -- readers, one for each kind of op ----------------------------------------------------------
+
+_Reader = Callable[[ElementReader, Access, dict[str, Any]], Any]
+
+
+def _pointwise(names: tuple[str, ...], function: Callable[..., Any]) -> _Reader:
+    def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+        operands = (as_number(reader.operand(access, named[name])) for name in names)
+        return lifted(function, *operands)
+
+    return read
+
+
+def _added(sign: int) -> _Reader:
+    def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+        x = as_number(reader.operand(access, named["self"]))
+        y = as_number(reader.operand(access, named["other"]))
+        alpha = as_number(_number(named.get("alpha", 1)))
+        return lifted(lambda a, c: a + sign * alpha * c, x, y)
+
+    return read
+
+
+def _rsub(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    x = as_number(reader.operand(access, named["self"]))
+    y = as_number(reader.operand(access, named["other"]))
+    return lifted(lambda a, c: c - as_number(_number(named.get("alpha", 1))) * a, x, y)
+
+
+def _multiplied(x: Any, y: Any) -> Any:
+    """x * y, with 0 * inf left unread (it is NaN)."""
+    product = x * y
+    if product is sympy.nan:
+        raise Unreadable("0 * inf")
+    return product
+
+
+def _divided(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    x = as_number(reader.operand(access, named["self"]))
+    y = as_number(reader.operand(access, named["other"]))
+    mode = named.get("rounding_mode")
+    if y == 0:
+        raise Unreadable("division by 0")
+    if mode is None:
+        return lifted(lambda a, c: a / c, x, y)
+    return lifted(lambda a, c: sympy.floor(a / c) if mode == "floor" else Trunc(a / c), x, y)
+
+
+def _floor_divided(x: Any, y: Any) -> Any:
+    return sympy.floor(x / y)
+
+
+def _comparison(relation: Callable[[Any, Any], Any]) -> _Reader:
+    def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+        x = reader.operand(access, named["self"])
+        y = reader.operand(access, named["other"])
+        if isinstance(x, Boolean) and isinstance(y, Boolean):
+            if relation is sympy.Eq:
+                return ~(x ^ y)
+            if relation is sympy.Ne:
+                return x ^ y
+        return lifted(relation, as_number(x), as_number(y))
+
+    return read
+
+
+def _logical(function: Callable[..., Any], names: tuple[str, ...]) -> _Reader:
+    """and, or, xor, not: logical ones on anything, bitwise ones on booleans only."""
+
+    def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+        bitwise = "bitwise" in str(access.node.target)
+        if bitwise and meta_of(access.node).dtype != torch.bool:
+            raise Unreadable("bitwise arithmetic on integers")
+        return function(*(as_condition(reader.operand(access, named[name])) for name in names))
+
+    return read
+
+
+def _where(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    condition = as_condition(reader.operand(access, named["condition"]))
+    x, y = (reader.operand(access, named[name]) for name in ("self", "other"))
+    return _chosen(condition, x, y)
+
+
+def _masked_fill(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    condition = as_condition(reader.operand(access, named["mask"]))
+    return _chosen(condition, reader.operand(access, named["value"]), reader.operand(access, named["self"]))
+
+
+def _chosen(condition: Boolean, x: Any, y: Any) -> Any:
+    if isinstance(x, Boolean) and isinstance(y, Boolean):
+        return sympy.Or(sympy.And(condition, x), sympy.And(sympy.Not(condition), y))
+    return Where(condition, as_number(x), as_number(y))
+
+
+def _clamped(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    x = as_number(reader.operand(access, named["self"]))
+    if named.get("min") is not None:
+        x = lifted(sympy.Max, x, as_number(reader.operand(access, named["min"])))
+    if named.get("max") is not None:
+        x = lifted(sympy.Min, x, as_number(reader.operand(access, named["max"])))
+    return x
+
+
+def _filled(value: str | int | bool | float) -> _Reader:
+    """A tensor of one value: that of a named argument, or the constant itself."""
+
+    def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+        element = reader.operand(Access(access.node, access.index), named[value]) if isinstance(
+            value, str
+        ) else _number(value)
+        if meta_of(access.node).dtype == torch.bool:
+            return as_condition(element)
+        return as_number(element)
+
+    return read
+
+
+def _arange(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    start = as_number(_number(named.get("start", 0)))
+    step = as_number(_number(named.get("step", 1)))
+    return start + step * access.index[0].expression(reader.axes)
+
+
+def _triangle(keeps: Callable[[Any, Any], Any]) -> _Reader:
+    def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+        row, column = (position.expression(reader.axes) for position in access.index[-2:])
+        inside = keeps(column - row, as_number(_number(named["diagonal"])))
+        return _chosen(inside, reader.read(Access(named["self"], access.index)), sympy.Integer(0)) if (
+            meta_of(access.node).dtype != torch.bool
+        ) else sympy.And(inside, reader.condition(Access(named["self"], access.index)))
+
+    return read
+
+
+def _indexed(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    """`x[i, j, ...]` with index tensors for leading dimensions (all adjacent)."""
+    source, indices = named["self"], list(named["indices"])
+    if any(i is None for i in indices) or any(meta_of(i).dtype == torch.bool for i in indices):
+        raise Unreadable("an index that is not a tensor of integers for each leading dimension")
+    rank = max(meta_of(i).rank for i in indices)
+    shape = meta_of(access.node).shape
+    front = access.index[:rank]
+    positions = []
+    for dim, index_node in enumerate(indices):
+        element = reader.number(_aligned(front, shape[:rank], index_node))
+        size = meta_of(source).shape[dim]
+        if not element.is_nonnegative:
+            element = Where(element < 0, element + size, element)
+        positions.append(Index.of_constant(element))
+    return reader.read(Access(source, (*positions, *access.index[rank:])))
+
+
+def _aligned(
+    front: tuple[Index, ...], shape: tuple[sympy.Expr, ...], source: fx.Node
+) -> Access:
+    """The element of an index tensor that broadcasting pairs with this position."""
+    sizes = meta_of(source).shape
+    offset = len(front) - len(sizes)
+    return Access(
+        source,
+        tuple(
+            Index() if size == 1 and shape[offset + d] != 1 else front[offset + d]
+            for d, size in enumerate(sizes)
+        ),
+    )
+
+
+def _embedding(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    row = reader.number(Access(named["indices"], access.index[:-1]))
+    return reader.load(Access(named["weight"], (Index.of_constant(row), access.index[-1])))
+
+
+def _index_select(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    dim = wrapped_dim(named["dim"], len(access.index))
+    row = reader.number(Access(named["index"], (access.index[dim],)))
+    index = (*access.index[:dim], Index.of_constant(row), *access.index[dim + 1 :])
+    return reader.read(Access(named["self"], index))
+
+
+def _row_statistic(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    """A maximum or log-sum-exp along the keys: the same for all of a row."""
+    dims = named.get("dim")
+    dims = [dims] if isinstance(dims, int) else list(dims or [])
+    if len(dims) != 1 or not named.get("keepdim"):
+        raise Unreadable("a reduction that is not along one kept dimension")
+    if any(reader.row_axis in position.axes for position in access.index):
+        raise Unreadable("a reduction that still depends on the key")
+    return RowStatistic(
+        sympy.Symbol(access.node.name), *(p.expression(reader.axes) for p in access.index)
+    )
+
+
+def _inexact(name: str) -> _Reader:
+    """A transcendental function: told apart and compared, never computed again from its name."""
+    function = sympy.Function(f"{INEXACT}{name}", real=True)
+
+    def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+        operands = [as_number(reader.operand(access, value)) for value in named.values() if value is not None]
+        return function(*operands)
+
+    return read
+
+
+def is_exact(element: Any) -> bool:
+    """Whether an expression can be computed anew, in any order, with the same result in meaning."""
+    return not any(str(f.func).startswith(INEXACT) for f in element.atoms(sympy.Function)) and not (
+        element.has(Trunc, RowStatistic)
+    )
+
+
+_BINARY = ("self", "other")
+_READERS: dict[Any, _Reader] = {}
+
+
+def _register(reader: _Reader, *targets: Any) -> None:
+    for target in targets:
+        _READERS[target] = reader
+
+
+_register(_added(1), aten.add.Tensor, aten.add.Scalar)
+_register(_added(-1), aten.sub.Tensor, aten.sub.Scalar)
+_register(_rsub, aten.rsub.Scalar, aten.rsub.Tensor)
+_register(_pointwise(_BINARY, _multiplied), aten.mul.Tensor, aten.mul.Scalar)
+_register(_divided, aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
+_register(_pointwise(_BINARY, _floor_divided), aten.floor_divide.default)
+_register(_pointwise(_BINARY, sympy.Mod), aten.remainder.Tensor, aten.remainder.Scalar)
+_register(_pointwise(("self",), lambda x: -x), aten.neg.default)
+_register(_pointwise(("self",), sympy.Abs), aten.abs.default)
+_register(_pointwise(("self",), sympy.floor), aten.floor.default)
+_register(_pointwise(("self",), sympy.tanh), aten.tanh.default)
+_register(_pointwise(_BINARY, sympy.Min), aten.minimum.default)
+_register(_pointwise(_BINARY, sympy.Max), aten.maximum.default)
+_register(_clamped, aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default)
+for _relation, _name in (
+    (sympy.Eq, "eq"),
+    (sympy.Ne, "ne"),
+    (sympy.Lt, "lt"),
+    (sympy.Le, "le"),
+    (sympy.Gt, "gt"),
+    (sympy.Ge, "ge"),
+):
+    _packet = getattr(aten, _name)
+    _register(_comparison(_relation), _packet.Tensor, _packet.Scalar)
+_register(_logical(sympy.And, _BINARY), aten.logical_and.default, aten.bitwise_and.Tensor)
+_register(_logical(sympy.Or, _BINARY), aten.logical_or.default, aten.bitwise_or.Tensor)
+_register(_logical(sympy.Xor, _BINARY), aten.logical_xor.default, aten.bitwise_xor.Tensor)
+_register(_logical(sympy.Not, ("self",)), aten.logical_not.default, aten.bitwise_not.default)
+_register(_where, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+_register(_masked_fill, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_register(
+    _filled("fill_value"),
+    aten.full.default,
+    aten.full_like.default,
+    aten.new_full.default,
+)
+_register(_filled("value"), aten.fill.Scalar, aten.fill.Tensor)
+_register(_filled("s"), aten.scalar_tensor.default)
+_register(_filled(1), aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+_register(
+    _filled(0), aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default
+)
+_register(_arange, aten.arange.default, aten.arange.start, aten.arange.start_step)
+_register(_triangle(lambda offset, diagonal: offset <= diagonal), aten.tril.default)
+_register(_triangle(lambda offset, diagonal: offset >= diagonal), aten.triu.default)
+_register(_indexed, aten.index.Tensor)
+_register(_embedding, aten.embedding.default)
+_register(_index_select, aten.index_select.default)
+_register(_row_statistic, aten.amax.default, aten.logsumexp.default)
+for _name in ("log", "exp", "sqrt", "rsqrt", "log2", "sigmoid"):
+    _register(_inexact(_name), getattr(aten, _name).default)
+_register(_inexact("pow"), aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor)
