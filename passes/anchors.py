@@ -150,7 +150,7 @@ def _dropout(access: Access) -> Probabilities | None:
             keep_p = _bernoulli(named[mask])
             if keep_p is not None:
                 below = probabilities_below(broadcast_access(access, named[kept]))
-                return below and replace(below, dropout_p=1.0 - keep_p)
+                return below and replace(below, dropout_p=round(1.0 - keep_p, 12))
     return None
 
 

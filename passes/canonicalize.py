@@ -97,7 +97,7 @@ def size_expr(size: Any) -> sympy.Expr:
     """A Python or symbolic integer as a sympy expression."""
     if isinstance(size, torch.SymInt):
         return size.node.expr
-    return sympy.Integer(size)
+    return sympy.sympify(size)
 
 
 def canonicalize(graph_module: fx.GraphModule) -> CanonicalView:
@@ -232,6 +232,8 @@ class _Recorder(TorchDispatchMode):
             return type(tree)(self.nodes(item) for item in tree) if type(tree) in (tuple, list) else tree
         if isinstance(tree, dict):
             return {key: self.nodes(item) for key, item in tree.items()}
+        if isinstance(tree, (torch.SymInt, torch.SymFloat)):
+            return tree.node.expr
         return tree
 
     def _unknown_tensor(self, tensor: torch.Tensor) -> fx.Node:

@@ -141,3 +141,73 @@ def products_below(scores: Access, over: str) -> Iterator[tuple[Access, Contract
         pending.extend(
             broadcast_access(access, named[name]) for name in names if isinstance(named[name], fx.Node)
         )
+
+
+def scores_accesses(scores: Access, product_node: fx.Node) -> list[Access]:
+    """All elements that a score is computed from, down to the tensors that enter it from the side.
+
+    Stops at the product itself; every side tensor is followed through its views.
+    """
+    pending, visited = [scores], []
+    seen: set[Access] = set()
+    while pending:
+        access = pending.pop(0)
+        if access in seen or access.node is product_node:
+            continue
+        seen.add(access)
+        visited.append(access)
+        try:
+            below = input_access(access)
+        except NotAffine:
+            continue
+        if below is not None:
+            pending.append(below)
+            continue
+        if access.node.target in _SPINE or access.node.target in _SIDES:
+            named = arguments(access.node)
+            pending.extend(
+                broadcast_access(access, value)
+                for value in named.values()
+                if isinstance(value, fx.Node)
+            )
+    return visited
+
+
+# Ops inside a mask or bias, which say nothing new about axes but lead to what does.
+_SIDES: frozenset[Any] = frozenset(
+    {
+        aten.bitwise_and.Tensor,
+        aten.bitwise_or.Tensor,
+        aten.logical_and.default,
+        aten.logical_or.default,
+        aten.le.Tensor,
+        aten.lt.Tensor,
+        aten.ge.Tensor,
+        aten.gt.Tensor,
+        aten.eq.Tensor,
+        aten.ne.Tensor,
+    }
+)
+
+
+class Spine:
+    """The nodes that a product is above of."""
+
+    def __init__(self, product_node: fx.Node) -> None:
+        self._known: dict[fx.Node, bool] = {product_node: True}
+
+    def holds(self, node: fx.Node) -> bool:
+        """Whether the product is above this node (or is it)."""
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            if current in self._known:
+                pending.pop()
+                continue
+            unknown = [n for n in current.all_input_nodes if n not in self._known]
+            if unknown:
+                pending.extend(unknown)
+                continue
+            self._known[current] = any(self._known[n] for n in current.all_input_nodes)
+            pending.pop()
+        return self._known[node]

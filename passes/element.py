@@ -22,10 +22,10 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.canonicalize import CanonicalView, getitem, meta_of
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access
-from adaattn_compiler.spec import Load, Refusal, Where
+from adaattn_compiler.spec import Load, Refusal, Where, k, q
 
 aten = torch.ops.aten
 
@@ -109,15 +109,26 @@ class ElementReader:
         if access.node in self.stops:
             return self.stops[access.node]
         try:
-            below = input_access(access)
+            below = self._below(access)
             if below is not None:
                 return self._converted(access.node, below)
+            if access.node.target is getitem:
+                return _item(self, access, {})
             reader = _READERS.get(access.node.target)
             if reader is None:
                 return self.load(access)
             return reader(self, access, arguments(access.node))
         except (NotAffine, Unreadable, Refusal):
             return self.load(access)
+
+    def _below(self, access: Access) -> Access | None:
+        """The same element in a view's input; a seam of a `cat` is left to its reader."""
+        try:
+            return input_access(access)
+        except NotAffine:
+            if access.node.target in _READERS:
+                return None
+            raise
 
     def _converted(self, node: fx.Node, below: Access) -> Any:
         """The element of a view's input, converted where the view also changes the dtype."""
@@ -139,16 +150,21 @@ class ElementReader:
         return _number(value)
 
 
+def is_condition(element: Any) -> bool:
+    """Whether an element is a truth value (sympy counts every symbol among its Booleans)."""
+    return isinstance(element, Boolean) and not isinstance(element, sympy.Symbol)
+
+
 def as_number(element: Any) -> sympy.Expr:
     """A condition as 1 or 0; a number as it is."""
-    if isinstance(element, Boolean):
+    if is_condition(element):
         return Where(element, sympy.Integer(1), sympy.Integer(0))
     return element
 
 
 def as_condition(element: Any) -> Boolean:
     """A number as the condition that it is not 0; a condition as it is."""
-    if isinstance(element, Boolean):
+    if is_condition(element):
         return element
     if isinstance(element, Where):
         condition, x, y = element.args
@@ -175,7 +191,7 @@ def lifted(function: Callable[..., Any], *operands: Any) -> Any:
     branches = [
         lifted(function, *(o.args[side] if isinstance(o, Where) else o for o in operands)) for side in (1, 2)
     ]
-    if all(isinstance(branch, Boolean) for branch in branches):
+    if all(is_condition(branch) for branch in branches):
         return sympy.Or(
             sympy.And(condition, branches[0]), sympy.And(sympy.Not(condition), branches[1])
         )
@@ -183,8 +199,8 @@ def lifted(function: Callable[..., Any], *operands: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value.node.expr
+    if isinstance(value, sympy.Expr):
+        return value
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
     if isinstance(value, int):
@@ -254,7 +270,7 @@ def _comparison(relation: Callable[[Any, Any], Any]) -> _Reader:
     def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
         x = reader.operand(access, named["self"])
         y = reader.operand(access, named["other"])
-        if isinstance(x, Boolean) and isinstance(y, Boolean):
+        if is_condition(x) and is_condition(y):
             if relation is sympy.Eq:
                 return ~(x ^ y)
             if relation is sympy.Ne:
@@ -288,7 +304,7 @@ def _masked_fill(reader: ElementReader, access: Access, named: dict[str, Any]) -
 
 
 def _chosen(condition: Boolean, x: Any, y: Any) -> Any:
-    if isinstance(x, Boolean) and isinstance(y, Boolean):
+    if is_condition(x) and is_condition(y):
         return sympy.Or(sympy.And(condition, x), sympy.And(sympy.Not(condition), y))
     return Where(condition, as_number(x), as_number(y))
 
@@ -380,7 +396,7 @@ def _index_select(reader: ElementReader, access: Access, named: dict[str, Any]) 
 
 def _row_statistic(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
     """A maximum or log-sum-exp along the keys: the same for all of a row."""
-    dims = named.get("dim")
+    dims = named["dim"]
     dims = [dims] if isinstance(dims, int) else list(dims or [])
     if len(dims) != 1 or not named.get("keepdim"):
         raise Unreadable("a reduction that is not along one kept dimension")
@@ -391,13 +407,53 @@ def _row_statistic(reader: ElementReader, access: Access, named: dict[str, Any])
     )
 
 
+def _item(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    """The values of `max(dim)`; items of other results are loaded."""
+    parent, position = access.node.args
+    if isinstance(parent, fx.Node) and parent.target is aten.max.dim and position == 0:
+        return _row_statistic(reader, Access(parent, access.index), arguments(parent))
+    raise Unreadable("an item of a result")
+
+
+def _cumsum(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    """The running sum of a constant; of anything else it is loaded."""
+    dim = wrapped_dim(named["dim"], len(access.index))
+    element = reader.number(Access(named["self"], access.index))
+    if not element.is_number:
+        raise Unreadable("a running sum of data")
+    return element * (access.index[dim].expression(reader.axes) + 1)
+
+
+def _cat(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    """Two pieces, the first of one element: one expression where both agree at the seam."""
+    pieces = [piece for piece in named["tensors"] if meta_of(piece).rank == len(access.index)]
+    dim = wrapped_dim(named["dim"], len(access.index))
+    if len(pieces) == 1:
+        return reader.read(Access(pieces[0], access.index))
+    if len(pieces) != 2 or meta_of(pieces[0]).shape[dim] != 1:
+        raise Unreadable("a cat of tensors")
+    position = access.index[dim]
+    shifted = position.plus(Index.of_constant(-1))
+    first, rest = (
+        reader.number(Access(piece, (*access.index[:dim], at, *access.index[dim + 1 :])))
+        for piece, at in zip(pieces, (Index(), shifted), strict=True)
+    )
+    place = position.expression(reader.axes)
+    if not place.is_Symbol or sympy.expand(rest.subs(place, 0) - first) != 0:
+        raise Unreadable("a cat whose pieces differ")
+    return rest
+
+
 def _inexact(name: str) -> _Reader:
     """A transcendental function: told apart and compared, never computed again from its name."""
     function = sympy.Function(f"{INEXACT}{name}", real=True)
 
     def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
         operands = [as_number(reader.operand(access, value)) for value in named.values() if value is not None]
-        return function(*operands)
+        element = function(*operands)
+        if element.has(q) and element.has(k):
+            return element
+        return reader.load(access)
 
     return read
 
@@ -467,6 +523,8 @@ _register(_indexed, aten.index.Tensor)
 _register(_embedding, aten.embedding.default)
 _register(_index_select, aten.index_select.default)
 _register(_row_statistic, aten.amax.default, aten.logsumexp.default)
+_register(_cumsum, aten.cumsum.default)
+_register(_cat, aten.cat.default)
 for _name in ("log", "exp", "sqrt", "rsqrt", "log2", "sigmoid"):
     _register(_inexact(_name), getattr(aten, _name).default)
 _register(_inexact("pow"), aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor)

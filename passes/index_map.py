@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 
-Size = sympy.Expr
+Size: TypeAlias = sympy.Expr
 ONE = sympy.Integer(1)
 ZERO = sympy.Integer(0)
 

@@ -1,0 +1,231 @@
+"""What enters the scores from the side: masks, biases, and how each is taken into the spec.
+
+A side is read down to expressions of the position where that is exact and saves memory, as a
+vector over the distance k - q where its element depends on nothing else, and as the tensor that
+it is otherwise. So a spec never recomputes what only the graph computes to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from adaattn_compiler.passes.axes import AttentionAxes
+from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.contraction import Contraction, Spine
+from adaattn_compiler.passes.arguments import arguments
+from adaattn_compiler.passes.element import (
+    ElementReader,
+    RowStatistic,
+    Unreadable,
+    as_number,
+    is_condition,
+    is_exact,
+)
+from adaattn_compiler.passes.index_map import NotAffine
+from adaattn_compiler.passes.score import RAW, depends_on_distance_only, loads_are_thin
+from adaattn_compiler.passes.site import SideTensor
+from adaattn_compiler.passes.views import Access, broadcast_access, input_access
+from adaattn_compiler.spec import Load, M, N, OperandSpec, POSITIONS, Where, h, k, param, q
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Expressions whose loads and run-time integers are numbered from 0, and what they are."""
+
+    expressions: tuple[Any, ...]
+    operands: tuple[OperandSpec, ...]
+    sides: tuple[SideTensor, ...]
+    params: tuple[sympy.Expr, ...]
+
+
+class SideReader(ElementReader):
+    """Reads the scores of one site, `product` (or the SDPA call) standing for q . k."""
+
+    def __init__(
+        self,
+        view: CanonicalView,
+        axes: AttentionAxes,
+        product_node: fx.Node,
+        product: Contraction | None,
+    ) -> None:
+        super().__init__(view, axes.names, row_axis=axes.key)
+        self.attention_axes = axes
+        self.product_node = product_node
+        self.product = product
+        self.distances: dict[str, SideTensor] = {}
+        self.spine = Spine(product_node)
+
+    def _read(self, access: Access) -> Any:
+        if access.node is self.product_node and self.product is not None:
+            return self._product()
+        return super()._read(access)
+
+    def _product(self) -> Any:
+        assert self.product is not None
+        alpha = _plain(self.product.alpha)
+        element = alpha * RAW
+        if self.product.addend is not None:
+            addend = self.product.addend
+            renamed = Access(addend.node, tuple(self.attention_axes.renamed(p) for p in addend.index))
+            element = element + _plain(self.product.beta) * as_number(self.side(renamed))
+        return element
+
+    def operand(self, access: Access, value: Any) -> Any:
+        if (
+            isinstance(value, fx.Node)
+            and self.spine.holds(access.node)
+            and not self.spine.holds(value)
+        ):
+            return self.side(broadcast_access(access, value))
+        return super().operand(access, value)
+
+    def side(self, access: Access) -> Any:
+        """The element of a side tensor, in the form that the spec is to hold."""
+        access = self._peeled(access)
+        before = dict(self.loaded)
+        element = self.read(access)
+        if is_condition(element):
+            if is_exact(element) and loads_are_thin(element):
+                return element
+        elif not (element.has(q) and element.has(k)):
+            if element.is_number or (isinstance(element, Where) and is_exact(element)):
+                return element
+        elif _is_safe(element):
+            return element
+        elif depends_on_distance_only(element) and not element.has(RowStatistic):
+            return self._by_distance(access)
+        self.loaded = before
+        if access.node.target is aten.add.Tensor and arguments(access.node)["alpha"] == 1:
+            named = arguments(access.node)
+            if all(isinstance(named[name], fx.Node) for name in ("self", "other")):
+                parts = (self.side(broadcast_access(access, named[n])) for n in ("self", "other"))
+                return sympy.Add(*(as_number(part) for part in parts))
+        if not is_condition(element) and element.has(RowStatistic):
+            return element
+        return self.load(access)
+
+    def _peeled(self, access: Access) -> Access:
+        """Through views and casts between floating-point types, which change no element."""
+        try:
+            below = input_access(access)
+        except NotAffine:
+            return access
+        if below is None:
+            return access
+        source, target = meta_of(below.node).dtype, meta_of(access.node).dtype
+        same = source == target or (source.is_floating_point and target.is_floating_point)
+        return self._peeled(below) if same else access
+
+    def _by_distance(self, access: Access) -> Any:
+        name = f"distance_{access.node.name}"
+        self.distances[name] = SideTensor(access.node, access)
+        return Load(sympy.Symbol(name), h, k - q + M - 1)
+
+    def numbered(self, expressions: Sequence[Any]) -> Numbered:
+        """The expressions with tensors and run-time integers by number."""
+        tensors: list[sympy.Symbol] = []
+        for expression in expressions:
+            for load in _loads(expression):
+                if load.args[0] not in tensors:
+                    tensors.append(load.args[0])
+        place = {name: sympy.Integer(i) for i, name in enumerate(tensors)}
+        sides = tuple(self._side_tensor(str(name)) for name in tensors)
+        operands = tuple(self._operand_spec(side) for side in sides)
+        sizes, params = self._run_time_integers(expressions)
+        return Numbered(
+            tuple(None if e is None else _renumbered(e, place, sizes) for e in expressions),
+            operands,
+            sides,
+            params,
+        )
+
+    def _side_tensor(self, name: str) -> SideTensor:
+        return self.distances.get(name) or SideTensor(self.loaded[name])
+
+    def _operand_spec(self, side: SideTensor) -> OperandSpec:
+        meta = meta_of(side.node)
+        kind = "bool" if meta.dtype == torch.bool else (
+            "float" if meta.dtype.is_floating_point else "int"
+        )
+        return OperandSpec(kind, 2 if side.distance is not None else meta.rank)
+
+    def _run_time_integers(
+        self, expressions: Sequence[Any]
+    ) -> tuple[dict[sympy.Symbol, sympy.Expr], tuple[sympy.Expr, ...]]:
+        """Shape symbols as M, N or a numbered run-time integer."""
+        axes = self.attention_axes
+        names: dict[sympy.Symbol, sympy.Expr] = {}
+        if isinstance(axes.query.size, sympy.Symbol):
+            names[axes.query.size] = M
+        for symbol in sorted(axes.key.size.free_symbols, key=str):
+            rest = sympy.expand(axes.key.size - symbol).subs(names)
+            if symbol not in names and not rest.has(symbol) and rest.free_symbols <= {M}:
+                names[symbol] = N - rest
+                break
+        params: list[sympy.Expr] = []
+        known = {*POSITIONS, M, N, RAW, sympy.Symbol("S", real=True)}
+        for expression in expressions:
+            if expression is None:
+                continue
+            for symbol in sorted(expression.free_symbols - known - set(names), key=str):
+                if symbol in {load.args[0] for load in _loads(expression)}:
+                    continue
+                if not symbol.is_integer:
+                    raise Unreadable(f"{symbol} is not known when compiling")
+                names[symbol] = param(len(params))
+                params.append(symbol)
+        return names, tuple(params)
+
+
+def _is_safe(element: Any) -> bool:
+    """Whether floating-point arithmetic on an element may be done in another order.
+
+    Choices between numbers, and tensor values times integers of the position (ALiBi), may; sums
+    with large constants may not.
+    """
+    if isinstance(element, Where):
+        return is_exact(element) and loads_are_thin(element)
+    terms = sympy.Add.make_args(element)
+    return all(_is_safe_term(sympy.expand(term)) for term in terms) and loads_are_thin(element)
+
+
+def _is_safe_term(term: sympy.Expr) -> bool:
+    if isinstance(term, Where):
+        return is_exact(term)
+    if isinstance(term, sympy.Add):
+        return all(_is_safe_term(part) for part in term.args)
+    factors = [f for f in sympy.Mul.make_args(term) if not isinstance(f, Load)]
+    rest = sympy.Mul(*factors)
+    small = all(abs(float(number)) < 1e6 for number in rest.atoms(sympy.Number))
+    return small and is_exact(term) and not rest.has(Where, Load)
+
+
+def _plain(value: Any) -> sympy.Expr:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return sympy.Integer(int(value)) if float(value).is_integer() else sympy.Float(value)
+    return sympy.sympify(value)
+
+
+def _loads(expression: Any) -> list[Load]:
+    """The loads in an expression, in a fixed order."""
+    if expression is None:
+        return []
+    return sorted(expression.atoms(Load), key=str)
+
+
+def _renumbered(
+    expression: Any, place: dict[sympy.Symbol, sympy.Integer], sizes: dict[Any, Any]
+) -> Any:
+    moved = expression.replace(
+        lambda e: isinstance(e, Load) and e.args[0] in place,
+        lambda e: Load(place[e.args[0]], *e.args[1:]),
+    )
+    return moved.xreplace(sizes) if sizes else moved

@@ -1,0 +1,80 @@
+"""A matched attention: its spec, and where in the canonical view its tensors are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from torch import fx
+
+from adaattn_compiler.passes.axes import AttentionAxes
+from adaattn_compiler.passes.index_map import Axis, Index, Size
+from adaattn_compiler.passes.views import Access
+from adaattn_compiler.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the site as the view has it.
+
+    access: the element at canonical axes (and `inner`); target: the index of each dimension that
+    the tensor shall have, so that `tensor[target] == access`.
+    """
+
+    access: Access
+    target: tuple[Index, ...]
+
+
+@dataclass(frozen=True)
+class SideTensor:
+    """A tensor that the score or the mask reads.
+
+    node: where it is. distance: where set, the element depends on key - query only, and the tensor
+    is the vector over k - q + M - 1 (with a leading head axis) of the element read at `access`.
+    """
+
+    node: fx.Node
+    distance: Access | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention computation in a graph.
+
+    anchor: its softmax or SDPA call; output: the node of its result, read at `result`;
+    scale_tensor: a factor of the scores that is not a number (multiplied onto Q), or None.
+    requires_grad: whether a gradient must flow through it.
+    """
+
+    name: str
+    ordinal: int
+    spelling: str
+    spec: AttentionSpec
+    axes: AttentionAxes
+    q: Operand
+    k: Operand
+    v: Operand
+    sides: tuple[SideTensor, ...]
+    params: tuple[sympy.Expr, ...]
+    scale_factor: Any
+    anchor: fx.Node
+    output: fx.Node
+    result: tuple[Index, ...]
+    inner: Axis
+    value_axis: Axis
+    requires_grad: bool = False
+    owned: frozenset[fx.Node] = field(default=frozenset())
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        """B, H, G, M, N, D, E."""
+        return {
+            "B": self.axes.batch.size,
+            "H": self.axes.head.size,
+            "G": sympy.cancel(self.axes.head.size / self.axes.group),
+            "M": self.axes.query.size,
+            "N": self.axes.key.size,
+            "D": self.inner.size,
+            "E": self.value_axis.size,
+        }
