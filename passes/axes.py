@@ -68,7 +68,7 @@ class AttentionAxes:
         total = Index()
         covered = ONE
         for atom, canonical in self.atoms:
-            if atom.axis == digit.axis and _within(atom, digit.div, end):
+            if atom.axis == digit.axis and within(atom, digit.div, end):
                 total = total.plus(canonical.scaled(exact_quotient(atom.div, digit.div)))
                 covered = sympy.expand(covered * atom.extent)
         if sympy.expand(covered - digit.extent) != 0:
@@ -84,7 +84,8 @@ def _divides(divisor: Size, size: Size) -> bool:
     return True
 
 
-def _within(atom: Digit, start: Size, end: Size) -> bool:
+def within(atom: Digit, start: Size, end: Size) -> bool:
+    """Whether an atom of an axis lies between two strides of it."""
     return _divides(start, atom.div) and _divides(sympy.expand(atom.div * atom.extent), end)
 
 

@@ -69,6 +69,7 @@ class CanonicalView:
     known: view node -> the first Dynamo node whose result it is.
     read_until: view node -> the Dynamo node that overwrites its storage (it must be read before).
     constants: view node -> its value, for tensors made from Python data in the graph.
+    live: the nodes that the outputs and effects need; effects: the calls that change an input.
     """
 
     graph: fx.Graph
@@ -77,6 +78,11 @@ class CanonicalView:
     read_until: dict[fx.Node, fx.Node]
     constants: dict[fx.Node, torch.Tensor]
     live: frozenset[fx.Node]
+    effects: frozenset[fx.Node]
+
+    def live_without(self, bridges: dict[fx.Node, tuple[fx.Node, ...]]) -> frozenset[fx.Node]:
+        """The nodes still needed when each bridged node is computed from the given ones instead."""
+        return _live(self.graph, self.effects, bridges)
 
 
 def meta_of(node: fx.Node) -> TensorMeta:
@@ -145,6 +151,8 @@ class _Recorder(TorchDispatchMode):
         self.values: dict[fx.Node, Any] = {}
         self.read_until: dict[fx.Node, fx.Node] = {}
         self.constants: dict[fx.Node, torch.Tensor] = {}
+        self.effects: set[fx.Node] = set()
+        self.inputs: set[int] = set()
 
     # -- recording -------------------------------------------------------------------------
 
@@ -209,6 +217,8 @@ class _Recorder(TorchDispatchMode):
             kwargs = {}
         node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs))
         node.meta["origin"] = self.origin
+        if target is opaque or any(_storage(tensor) in self.inputs for tensor in written):
+            self.effects.add(node)
         for tensor in written:
             self.bind(node, tensor)
         if isinstance(result, torch.Tensor) and id(result) not in self.node_of:
@@ -254,8 +264,15 @@ class _Recorder(TorchDispatchMode):
             node for out in dynamo_graph.find_nodes(op="output") for node in _nodes_in(out, self.values)
         ]
         self.graph.output(tuple(results))
+        effects = frozenset(self.effects)
         return CanonicalView(
-            self.graph, self.values, known, self.read_until, self.constants, _live(self.graph)
+            self.graph,
+            self.values,
+            known,
+            self.read_until,
+            self.constants,
+            _live(self.graph, effects, {}),
+            effects,
         )
 
 
@@ -290,6 +307,7 @@ class _RecordingInterpreter(fx.Interpreter):
             node = self.recorder.graph.create_node("placeholder", n.name)
             node.meta["origin"] = n
             self.recorder.bind(node, value)
+            self.recorder.inputs.add(_storage(value))
             if not _is_fake(value):
                 self.recorder.constants[node] = value
         return value
@@ -311,7 +329,7 @@ class _RecordingInterpreter(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         inputs = [t for t in _tensors((args, kwargs))]
         result = n.meta.get("example_value")
-        recorder.record(opaque, recorder.nodes(inputs), {}, result)
+        recorder.effects.add(recorder.record(opaque, recorder.nodes(inputs), {}, result))
         return result
 
 
@@ -356,15 +374,17 @@ def _view_nodes(tree: Any) -> Iterator[fx.Node]:
             yield from _view_nodes(item)
 
 
-def _live(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes that the outputs depend on."""
-    pending = list(graph.find_nodes(op="output"))
+def _live(
+    graph: fx.Graph, effects: frozenset[fx.Node], bridges: dict[fx.Node, tuple[fx.Node, ...]]
+) -> frozenset[fx.Node]:
+    """The nodes that the outputs and effects depend on, a bridged node on others than its own."""
+    pending = [*graph.find_nodes(op="output"), *effects]
     live: set[fx.Node] = set()
     while pending:
         node = pending.pop()
         if node not in live:
             live.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend(bridges[node] if node in bridges else node.all_input_nodes)
     return frozenset(live)
 
 

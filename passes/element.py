@@ -143,6 +143,16 @@ class ElementReader:
             return lifted(Trunc, element)
         return element
 
+    def index_of(self, element: sympy.Expr) -> Index:
+        """A position computed by the graph as an index: over axes where it is linear in them."""
+        index, rest = Index(), sympy.expand(element)
+        for axis, name in self.axes.items():
+            slope = rest.coeff(name, 1)
+            if slope != 0 and not slope.free_symbols:
+                index = index.plus(Index.of_axis(axis).scaled(slope))
+                rest = sympy.expand(rest - slope * name)
+        return index.plus(Index.of_constant(rest))
+
     def operand(self, access: Access, value: Any) -> Any:
         """An operand of a pointwise op: a tensor broadcast to the result, or a number."""
         if isinstance(value, fx.Node):
@@ -363,7 +373,7 @@ def _indexed(reader: ElementReader, access: Access, named: dict[str, Any]) -> An
         size = meta_of(source).shape[dim]
         if not element.is_nonnegative:
             element = Where(element < 0, element + size, element)
-        positions.append(Index.of_constant(element))
+        positions.append(reader.index_of(element))
     return reader.read(Access(source, (*positions, *access.index[rank:])))
 
 

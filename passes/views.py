@@ -166,7 +166,8 @@ def _copied(access: Access, named: dict[str, Any]) -> Access:
 
 def _joined(access: Access, named: dict[str, Any]) -> Access:
     """The piece of a `cat` that holds the element, where its index tells which."""
-    pieces = named["tensors"]
+    # An empty tensor of one dimension may stand beside any other (a cache not yet filled).
+    pieces = [piece for piece in named["tensors"] if meta_of(piece).rank == len(access.index)]
     dim = wrapped_dim(named["dim"], len(access.index))
     position = access.index[dim]
     for piece in pieces:

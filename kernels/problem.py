@@ -1,0 +1,85 @@
+"""What a kernel is asked to compute, and what it answers: the seam between passes and kernels.
+
+A kernel is offered a `Problem` and says why it cannot take it, or nothing. If it is chosen,
+`build` gives a function of (q, k, v, operands, sizes) made of torch functions, torch ops and
+`adaattn::` ops only: it is called with tensors, and with proxies when a graph is written, so that
+the graph holds nothing that torch's caches do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from adaattn_compiler.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a problem: an int, or None where it is known only at run time; hints beside."""
+
+    batch: int | None
+    heads: int
+    kv_heads: int
+    rows: int | None
+    columns: int | None
+    head_dim: int
+    value_dim: int
+    hints: tuple[int, int, int] = (1, 1, 1)  # batch, rows, columns as seen when compiling
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any size is known only at run time."""
+        return None in (self.batch, self.rows, self.columns)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention to lower: q [B,H,M,D], k [B,G,N,D], v [B,G,N,E] of one dtype and device type."""
+
+    spec: AttentionSpec
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call: ints, or nodes of the graph that is being written.
+
+    memo: what the calls of one graph may share (a mask that several layers use).
+    """
+
+    batch: Any
+    heads: int
+    rows: Any
+    columns: Any
+    params: tuple[Any, ...] = ()
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> tuple[Any, int, Any, Any]:
+        """B, H, M, N."""
+        return self.batch, self.heads, self.rows, self.columns
+
+
+Attention = Callable[[Any, Any, Any, Sequence[Any], Sizes], Any]
+
+
+class Kernel(Protocol):
+    """One way to compute attention."""
+
+    name: str
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this kernel cannot take the problem; None where it can."""
+
+    def cost(self, problem: Problem) -> float:
+        """A rough guess of its time, in seconds: the order in which kernels are tried."""
+
+    def build(self, problem: Problem) -> Attention:
+        """The function that computes it."""

@@ -1,0 +1,135 @@
+"""torch's own scaled_dot_product_attention, with the flags that a spec allows.
+
+Causal masks become `is_causal`; grouped K and V stay unrepeated; a mask that depends on the key
+alone stays [B,1,1,N]. Only a mask over both query and key becomes a tensor of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+
+from torch import fx
+
+from adaattn_compiler.kernels.evaluate import (
+    dense_bias,
+    evaluate_dense,
+    positions,
+    rank_of,
+)
+from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, k, q
+
+CAUSAL = sympy.Ge(q - k, 0)
+
+
+@dataclass(frozen=True)
+class SdpaKernel:
+    """See the module's docstring."""
+
+    name: str = "sdpa"
+
+    def refusal(self, problem: Problem) -> str | None:
+        spec = problem.spec
+        if spec.sink is not None:
+            return "SDPA has no sinks"
+        if spec.bias is None:
+            return "SDPA has no score function but a sum"
+        return None
+
+    def cost(self, problem: Problem) -> float:
+        """Whole squares unless causal."""
+        spec, shape = problem.spec, problem.shape
+        batch, rows, columns = shape.hints
+        work = 2.0 * batch * shape.heads * rows * columns * (shape.head_dim + shape.value_dim)
+        if spec.dropout_p > 0:
+            return work * 4
+        if spec.mask == CAUSAL and spec.bias == 0:
+            return work * 0.6
+        return work * (1.0 if spec.mask == sympy.true and spec.bias == 0 else 1.1)
+
+    def build(self, problem: Problem) -> Attention:
+        spec = problem.spec
+
+        def attention(
+            q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
+        ) -> Any:
+            causal = spec.mask == CAUSAL and spec.bias == 0 and _rows_are_safe(spec)
+            mask, empty = (None, None)
+            if not causal:
+                mask, empty = _shared_mask(spec, problem, q_BHMD, operands, sizes)
+            out = F.scaled_dot_product_attention(
+                q_BHMD,
+                k_BGND,
+                v_BGNE,
+                attn_mask=mask,
+                dropout_p=spec.dropout_p,
+                is_causal=causal,
+                scale=spec.scale,
+                enable_gqa=spec.group > 1,
+            )
+            return out if empty is None else torch.where(empty, float("nan"), out)
+
+        return attention
+
+
+def _rows_are_safe(spec: AttentionSpec) -> bool:
+    """Whether SDPA's own zero for empty rows is what the spec wants, or cannot occur."""
+    return spec.empty_row in (EmptyRow.IMPOSSIBLE, EmptyRow.ZERO)
+
+
+def _shared_mask(
+    spec: AttentionSpec, problem: Problem, like: Any, operands: Sequence[Any], sizes: Sizes
+) -> tuple[Any, Any]:
+    """The mask, written once for all sites of a graph whose masks are the same."""
+    key = (
+        spec.mask,
+        spec.bias,
+        spec.empty_row,
+        problem.dtype,
+        *(str(part) for part in (*operands, *sizes.scores, *sizes.params)),
+    )
+    if not isinstance(like, fx.Proxy):
+        return _mask(spec, problem, like, operands, sizes)
+    if key not in sizes.memo:
+        sizes.memo[key] = _mask(spec, problem, like, operands, sizes)
+    return sizes.memo[key]
+
+
+def _mask(
+    spec: AttentionSpec, problem: Problem, like: Any, operands: Sequence[Any], sizes: Sizes
+) -> tuple[Any, Any]:
+    """(attn_mask, rows that must be NaN): each None where it is not needed."""
+    if spec.mask == sympy.true and spec.bias == 0:
+        return None, None
+    values = positions((spec.mask, spec.bias), like, sizes.scores)
+    bias = dense_bias(spec, values, operands, sizes.params)
+    if spec.mask == sympy.true:
+        return _four_axes(bias, spec.bias, problem), None
+    keep = evaluate_dense(spec.mask, values, operands, sizes.params)
+    keep = keep[(None,) * (4 - rank_of(spec.mask)) + (...,)]
+    empty = None
+    if spec.empty_row is EmptyRow.NAN:
+        empty = ~keep.any(-1, keepdim=True)
+    if bias is None and spec.empty_row is not EmptyRow.UNIFORM:
+        return keep, empty
+    # Finite, so that a row without keys is the mean of V, as the model has it.
+    low = torch.finfo(problem.dtype).min if spec.empty_row is EmptyRow.UNIFORM else float("-inf")
+    if bias is None:
+        return torch.where(keep, 0.0, low).to(_mask_dtype(problem)), empty
+    return torch.where(keep, _four_axes(bias, spec.bias, problem), low), empty
+
+
+def _four_axes(bias: Any, expression: Any, problem: Problem) -> Any:
+    """An additive mask with four axes, of a dtype that SDPA takes."""
+    return bias[(None,) * (4 - rank_of(expression)) + (...,)].to(_mask_dtype(problem))
+
+
+def _mask_dtype(problem: Problem) -> torch.dtype:
+    """float32 beside half precision, so that a bias is not rounded more than in the model."""
+    return problem.dtype if problem.dtype == torch.float64 else torch.float32

@@ -1,0 +1,247 @@
+"""Writing tensors of the canonical view into a copy of the Dynamo graph.
+
+A tensor of the view that is some Dynamo node's result is that node; any other is written anew from
+the ATen calls that made it. An operand's layout is brought about by views alone wherever its
+dimensions allow it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from adaattn_compiler.passes.axes import atoms_of, within
+from adaattn_compiler.passes.canonicalize import CanonicalView, getitem, meta_of, opaque, overwritten
+from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index
+from adaattn_compiler.passes.operands import is_direct, mixed_radix
+from adaattn_compiler.passes.site import Operand
+from adaattn_compiler.spec import Refusal
+
+aten = torch.ops.aten
+
+# Calls whose result differs from one run to the next: never written a second time.
+_RANDOM = (aten.bernoulli.p, aten.native_dropout.default, aten.rand_like.default)
+
+
+class Emitter:
+    """Writes before one node of the copied graph.
+
+    copies: Dynamo node -> its copy. before: the Dynamo node that what is written must precede.
+    """
+
+    def __init__(
+        self, view: CanonicalView, graph: fx.Graph, copies: dict[fx.Node, fx.Node], before: fx.Node
+    ) -> None:
+        self.view = view
+        self.graph = graph
+        self.copies = copies
+        self.before = before
+        self.written: dict[fx.Node, fx.Node] = {}
+        self.new: list[fx.Node] = []
+        self._order = {node: i for i, node in enumerate(before.graph.nodes)}
+        self._tracer = fx.proxy.GraphAppendingTracer(graph)
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Write what a Python function does to its (node or plain) arguments."""
+        first = self._last()
+        with self.graph.inserting_before(self.copies[self.before]):
+            wrapped = fx.node.map_arg((args, kwargs), self._proxy)
+            result = function(*wrapped[0], **wrapped[1])
+        self._note_new(first)
+        return _unwrapped(result)
+
+    def _proxy(self, node: fx.Node) -> Any:
+        return fx.Proxy(node, self._tracer)
+
+    def _last(self) -> fx.Node:
+        return self.copies[self.before].prev
+
+    def _note_new(self, after: fx.Node) -> None:
+        node = after.next
+        while node is not self.copies[self.before]:
+            self.new.append(node)
+            node = node.next
+
+    # -- tensors of the view ---------------------------------------------------------------
+
+    def tensor(self, node: fx.Node) -> fx.Node:
+        """The node of the copied graph that holds a view node's tensor; Refusal where none can."""
+        if node in self.written:
+            return self.written[node]
+        self._check_not_overwritten(node)
+        dynamo = self.view.known.get(node)
+        if dynamo is not None and self._order[dynamo] < self._order[self.before]:
+            return self.copies[dynamo]
+        if node.op != "call_function" or node.target in (opaque, overwritten, *_RANDOM):
+            raise Refusal("a tensor that cannot be computed a second time", node)
+        args = fx.node.map_arg(node.args, self.tensor)
+        kwargs = fx.node.map_arg(node.kwargs, self.tensor)
+        target = operator.getitem if node.target is getitem else node.target
+        result: fx.Node = self.call(target, *self._sized(args), **self._sized(kwargs))
+        self.written[node] = result
+        return result
+
+    def _check_not_overwritten(self, node: fx.Node) -> None:
+        by = self.view.read_until.get(node)
+        if by is not None and self._order[by] < self._order[self.before]:
+            raise Refusal("an operand that is overwritten before the attention's result", node)
+
+    def _sized(self, tree: Any) -> Any:
+        """Call arguments with symbolic sizes as nodes."""
+        if isinstance(tree, sympy.Basic):
+            return self.size(tree)
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self._sized(item) for item in tree)
+        if isinstance(tree, dict):
+            return {key: self._sized(item) for key, item in tree.items()}
+        return tree
+
+    def size(self, expression: Any) -> Any:
+        """A size as an int or as a node that computes it."""
+        expression = sympy.sympify(expression)
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Float:
+            return float(expression)
+        if expression.is_Symbol:
+            return self._symbol(expression)
+        terms = [self.size(argument) for argument in expression.args]
+        combine = _ARITHMETIC.get(type(expression).__name__)
+        if combine is None:
+            raise Refusal(f"a size that is {expression}")
+        return self.call(combine, *terms)
+
+    def _symbol(self, symbol: sympy.Symbol) -> Any:
+        """A node for a shape symbol: a placeholder, or a size of some tensor."""
+        for dynamo, copy in self.copies.items():
+            if self._order[dynamo] >= self._order[self.before]:
+                break
+            value = dynamo.meta.get("example_value")
+            if isinstance(value, (torch.SymInt, torch.SymFloat)) and value.node.expr == symbol:
+                return copy
+            if isinstance(value, torch.Tensor):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                        return self.call(torch.ops.aten.sym_size.int, copy, dim)
+        raise Refusal(f"a size {symbol} that no tensor has")
+
+    # -- layouts ---------------------------------------------------------------------------
+
+    def operand(self, operand: Operand) -> fx.Node:
+        """An operand in the layout that it is wanted in."""
+        base = self.tensor(operand.access.node)
+        return self.arranged(
+            base, operand.access.index, meta_of(operand.access.node).shape, operand.target
+        )
+
+    def arranged(
+        self,
+        base: fx.Node,
+        index: Sequence[Index],
+        sizes: Sequence[sympy.Expr],
+        target: Sequence[Index],
+    ) -> fx.Node:
+        """The tensor whose element at `target` is base's element at `index`."""
+        if is_direct(index, target):
+            return self._permuted(base, list(index), target)
+        parts = [mixed_radix(p, s) for p, s in zip(index, sizes, strict=True)]
+        wanted = [_digits(position) for position in target]
+        every = [d for dim in [*parts, *wanted] for d in dim]
+        fine = {axis: atoms_of(axis, every) for axis in {d.axis for d in every}}
+        parts = [_refined(dim, fine) for dim in parts]
+        wanted = [_refined(dim, fine) for dim in wanted]
+        flat = [digit for dim in parts for digit in dim]
+        split = [self.size(digit.extent) for digit in flat]
+        atoms = self.call(torch.Tensor.reshape, base, split) if flat else base
+        order = [digit for dim in wanted for digit in dim]
+        spread = self._permuted(
+            atoms, [Index(((d, ONE),)) for d in flat], [Index(((d, ONE),)) for d in order]
+        )
+        shape = [self.size(_extent(dim)) for dim in wanted]
+        return self.call(torch.Tensor.reshape, spread, shape)
+
+    def _permuted(
+        self, base: fx.Node, index: list[Index], target: Sequence[Index]
+    ) -> fx.Node:
+        """By transposing, dropping and adding dimensions of size 1, and expanding."""
+        nothing = Index()
+        free = [d for d, position in enumerate(index) if position == nothing]
+        missing = [t for t, position in enumerate(target) if position not in index or position == nothing]
+        while len(free) > len(missing):
+            dim = free.pop()
+            base = self.call(torch.Tensor.squeeze, base, dim)
+            del index[dim]
+        while len(missing) > len(free):
+            base = self.call(torch.Tensor.unsqueeze, base, 0)
+            index.insert(0, nothing)
+            free = [0, *(d + 1 for d in free)]
+        spare = iter(free)
+        order = [next(spare) if t in missing else index.index(p) for t, p in enumerate(target)]
+        if order != list(range(len(order))):
+            base = self.call(torch.Tensor.permute, base, order)
+        shape = [self.size(_size_of(target[t])) if t in missing else -1 for t in range(len(target))]
+        if any(size not in (-1, 1) for size in shape):
+            base = self.call(torch.Tensor.expand, base, shape)
+        return base
+
+
+def _unwrapped(result: Any) -> Any:
+    if isinstance(result, fx.Proxy):
+        return result.node
+    if isinstance(result, (tuple, list)):
+        return type(result)(_unwrapped(item) for item in result)
+    return result
+
+
+def _digits(index: Index) -> list[Digit]:
+    """The digits that make up a target dimension, outermost first."""
+    return mixed_radix(index, _size_of(index))
+
+
+def _refined(digits: Sequence[Digit], fine: dict[Axis, list[Digit]]) -> list[Digit]:
+    """Digits cut into atoms."""
+    return [
+        atom
+        for digit in digits
+        for atom in fine[digit.axis]
+        if within(atom, digit.div, sympy.expand(digit.div * digit.extent))
+    ]
+
+
+def _extent(digits: Sequence[Digit]) -> sympy.Expr:
+    return sympy.expand(sympy.Mul(*(digit.extent for digit in digits)))
+
+
+def _size_of(index: Index) -> sympy.Expr:
+    return _extent([digit for digit, _ in index.terms])
+
+
+def _floor_div(x: Any, y: Any) -> Any:
+    return x // y
+
+
+def _sum(*terms: Any) -> Any:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _product(*terms: Any) -> Any:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total * term
+    return total
+
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "Add": _sum,
+    "Mul": _product,
+    "FloorDiv": _floor_div,
+    "CleanDiv": _floor_div,
+}
