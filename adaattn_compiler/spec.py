@@ -35,6 +35,7 @@ class Load(sympy.Function):  # type: ignore[misc]
     """`Load(i, *index)`: the element of operand i at that index (booleans read as 0 and 1)."""
 
     is_real = True
+    is_number = False  # though no symbol may be in it: its value is not known
 
     @classmethod
     def eval(cls, *args: Any) -> None:

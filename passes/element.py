@@ -34,6 +34,7 @@ class RowStatistic(sympy.Function):  # type: ignore[misc]
     """A value that is the same for every key of a row (its max, its log-sum-exp)."""
 
     is_real = True
+    is_number = False
 
 
 class Trunc(sympy.Function):  # type: ignore[misc]
@@ -538,3 +539,17 @@ _register(_cat, aten.cat.default)
 for _name in ("log", "exp", "sqrt", "rsqrt", "log2", "sigmoid"):
     _register(_inexact(_name), getattr(aten, _name).default)
 _register(_inexact("pow"), aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor)
+
+# Ops whose result at an element needs no more than its operands there.
+POINTWISE: frozenset[Any] = frozenset(
+    target
+    for target in _READERS
+    if target._schema.name.split("::")[-1].rstrip("_")
+    in {
+        *("add", "sub", "rsub", "mul", "div", "floor_divide", "remainder", "neg", "abs", "floor"),
+        *("tanh", "minimum", "maximum", "clamp", "clamp_min", "clamp_max", "where", "masked_fill"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"),
+        *("bitwise_and", "bitwise_or", "bitwise_not", "log", "exp", "sqrt", "rsqrt", "log2"),
+        *("sigmoid", "pow", "logical_xor", "bitwise_xor"),
+    }
+)

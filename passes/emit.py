@@ -7,6 +7,8 @@ dimensions allow it.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +17,16 @@ import sympy
 import torch
 from torch import fx
 
+from adaattn_compiler.kernels.problem import Sizes
 from adaattn_compiler.passes.axes import atoms_of, within
-from adaattn_compiler.passes.canonicalize import CanonicalView, getitem, meta_of, opaque, overwritten
+from adaattn_compiler.passes.canonicalize import (
+    CanonicalView,
+    getitem,
+    meta_of,
+    opaque,
+    origin_of,
+    overwritten,
+)
 from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index
 from adaattn_compiler.passes.operands import is_direct, mixed_radix
 from adaattn_compiler.passes.site import Operand
@@ -35,28 +45,51 @@ class Emitter:
     """
 
     def __init__(
-        self, view: CanonicalView, graph: fx.Graph, copies: dict[fx.Node, fx.Node], before: fx.Node
+        self,
+        view: CanonicalView,
+        tracer: fx.proxy.GraphAppendingTracer,
+        copies: dict[fx.Node, fx.Node],
+        before: fx.Node,
     ) -> None:
         self.view = view
-        self.graph = graph
+        self.graph = tracer.graph
         self.copies = copies
         self.before = before
         self.written: dict[fx.Node, fx.Node] = {}
         self.new: list[fx.Node] = []
         self._order = {node: i for i, node in enumerate(before.graph.nodes)}
-        self._tracer = fx.proxy.GraphAppendingTracer(graph)
+        self._tracer = tracer
+        self.fake_mode = next(
+            value.fake_mode
+            for node in before.graph.nodes
+            if hasattr(value := node.meta.get("example_value"), "fake_mode")
+        )
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Write what a Python function does to its (node or plain) arguments."""
         first = self._last()
         with self.graph.inserting_before(self.copies[self.before]):
-            wrapped = fx.node.map_arg((args, kwargs), self._proxy)
-            result = function(*wrapped[0], **wrapped[1])
+            result = function(*self._proxies(args), **self._proxies(kwargs))
         self._note_new(first)
         return _unwrapped(result)
 
-    def _proxy(self, node: fx.Node) -> Any:
-        return fx.Proxy(node, self._tracer)
+    def method(self, name: str, tensor: fx.Node, *args: Any) -> fx.Node:
+        """Write a call of a tensor's method."""
+        node: fx.Node = self.call(lambda x, *rest: getattr(x, name)(*rest), tensor, *args)
+        return node
+
+    def _proxies(self, tree: Any) -> Any:
+        """Call arguments with proxies for nodes."""
+        if isinstance(tree, fx.Node):
+            return fx.Proxy(tree, self._tracer)
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self._proxies(item) for item in tree)
+        if isinstance(tree, dict):
+            return {key: self._proxies(item) for key, item in tree.items()}
+        if isinstance(tree, Sizes):
+            fields = {f.name: self._proxies(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+            return Sizes(**{**fields, "memo": tree.memo})
+        return tree
 
     def _last(self) -> fx.Node:
         return self.copies[self.before].prev
@@ -65,7 +98,22 @@ class Emitter:
         node = after.next
         while node is not self.copies[self.before]:
             self.new.append(node)
+            node.meta["example_value"] = self._fake_value(node)
             node = node.next
+
+    def _fake_value(self, node: fx.Node) -> Any:
+        """What the node yields, on fake tensors, as Dynamo notes it of its own nodes."""
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda above: above.meta.get("example_value")
+        )
+        fake_mode = self.fake_mode
+        shape_env = fake_mode.shape_env
+        quiet = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
+        with fake_mode, quiet:
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
 
     # -- tensors of the view ---------------------------------------------------------------
 
@@ -85,6 +133,26 @@ class Emitter:
         result: fx.Node = self.call(target, *self._sized(args), **self._sized(kwargs))
         self.written[node] = result
         return result
+
+    def tensor_of_origin(self, value: fx.Node) -> fx.Node:
+        """A tensor written anew from what is written already, though it is a Dynamo node's result."""
+        if value in self.written:
+            return self.written[value]
+        if origin_of(value) is not self.before:
+            return self.tensor(value)
+        args = fx.node.map_arg(value.args, self.tensor_of_origin)
+        kwargs = fx.node.map_arg(value.kwargs, self.tensor_of_origin)
+        target = operator.getitem if value.target is getitem else value.target
+        result: fx.Node = self.call(target, *self._sized(args), **self._sized(kwargs))
+        self.written[value] = result
+        return result
+
+    def like(self) -> fx.Node:
+        """Some tensor of the graph, for its device."""
+        for dynamo, copy in self.copies.items():
+            if isinstance(dynamo.meta.get("example_value"), torch.Tensor):
+                return copy
+        raise Refusal("a graph without tensors")
 
     def _check_not_overwritten(self, node: fx.Node) -> None:
         by = self.view.read_until.get(node)
@@ -147,7 +215,7 @@ class Emitter:
         target: Sequence[Index],
     ) -> fx.Node:
         """The tensor whose element at `target` is base's element at `index`."""
-        if is_direct(index, target):
+        if is_direct(index, sizes, target):
             return self._permuted(base, list(index), target)
         parts = [mixed_radix(p, s) for p, s in zip(index, sizes, strict=True)]
         wanted = [_digits(position) for position in target]
@@ -157,13 +225,13 @@ class Emitter:
         wanted = [_refined(dim, fine) for dim in wanted]
         flat = [digit for dim in parts for digit in dim]
         split = [self.size(digit.extent) for digit in flat]
-        atoms = self.call(torch.Tensor.reshape, base, split) if flat else base
+        atoms = self.method("reshape", base, split) if flat else base
         order = [digit for dim in wanted for digit in dim]
         spread = self._permuted(
             atoms, [Index(((d, ONE),)) for d in flat], [Index(((d, ONE),)) for d in order]
         )
         shape = [self.size(_extent(dim)) for dim in wanted]
-        return self.call(torch.Tensor.reshape, spread, shape)
+        return self.method("reshape", spread, shape)
 
     def _permuted(
         self, base: fx.Node, index: list[Index], target: Sequence[Index]
@@ -174,19 +242,19 @@ class Emitter:
         missing = [t for t, position in enumerate(target) if position not in index or position == nothing]
         while len(free) > len(missing):
             dim = free.pop()
-            base = self.call(torch.Tensor.squeeze, base, dim)
+            base = self.method("squeeze", base, dim)
             del index[dim]
         while len(missing) > len(free):
-            base = self.call(torch.Tensor.unsqueeze, base, 0)
+            base = self.method("unsqueeze", base, 0)
             index.insert(0, nothing)
             free = [0, *(d + 1 for d in free)]
         spare = iter(free)
         order = [next(spare) if t in missing else index.index(p) for t, p in enumerate(target)]
         if order != list(range(len(order))):
-            base = self.call(torch.Tensor.permute, base, order)
+            base = self.method("permute", base, order)
         shape = [self.size(_size_of(target[t])) if t in missing else -1 for t in range(len(target))]
         if any(size not in (-1, 1) for size in shape):
-            base = self.call(torch.Tensor.expand, base, shape)
+            base = self.method("expand", base, shape)
         return base
 
 

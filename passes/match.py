@@ -41,8 +41,8 @@ from adaattn_compiler.passes.score import RAW, ScoreParts, score_parts, without_
 from adaattn_compiler.passes.sides import SideReader
 from adaattn_compiler.passes.site import Site
 from adaattn_compiler.passes.views import Access
-from adaattn_compiler.predicates import normalized
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, Refusal, S, Where, k, q
+from adaattn_compiler.predicates import has_key_in_every_row, normalized, simplified
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, Refusal, S, Where, k, q
 
 aten = torch.ops.aten
 
@@ -335,15 +335,16 @@ def _assembled(
     **fields: Any,
 ) -> Site:
     """The site, its expressions renumbered to its own operands and run-time integers."""
-    mask = normalized(parts.mask)
-    numbered = reader.numbered((parts.score, mask, sink, parts.factor))
+    numbered = reader.numbered((parts.score, normalized(parts.mask), sink, parts.factor))
     score, mask, sink, factor = numbered.expressions
+    facts = _facts(axes)
+    mask = simplified(mask, facts)
     group = axes.group
     spec = AttentionSpec(
         scale=parts.scale * operand_scale,
         score=score,
         mask=mask,
-        empty_row=parts.empty_row,
+        empty_row=_empty_row(parts.empty_row, mask, sink, facts),
         sink=sink,
         dropout_p=_probability(dropout_p),
         group=int(group),
@@ -366,6 +367,19 @@ def _assembled(
         requires_grad=bool(output.meta["fake"].requires_grad),
         **fields,
     )
+
+
+def _facts(axes: AttentionAxes) -> dict[Any, Any]:
+    """The sizes M and N where they are known."""
+    pairs = ((M, axes.query.size), (N, axes.key.size))
+    return {symbol: size for symbol, size in pairs if size.is_Integer}
+
+
+def _empty_row(stated: EmptyRow, mask: Any, sink: Any, facts: dict[Any, Any]) -> EmptyRow:
+    """What an empty row yields, if there can be one; one with a sink attends to that alone."""
+    if has_key_in_every_row(mask, facts):
+        return EmptyRow.IMPOSSIBLE
+    return EmptyRow.ZERO if sink is not None else stated
 
 
 def _probability(value: Any) -> float:

@@ -104,7 +104,11 @@ def chosen_operand(
         except NotAffine:
             break
         renamed.append(Link(Access(link.access.node, index), link.factor))
-    direct = [link for link in renamed if is_direct(link.access.index, target)]
+    direct = [
+        link
+        for link in renamed
+        if is_direct(link.access.index, meta_of(link.access.node).shape, target)
+    ]
     usable = direct or [link for link in renamed if _is_whole(link.access, target)]
     if not usable:
         raise Refusal("an operand whose layout is not understood", chain[0].access.node)
@@ -112,8 +116,12 @@ def chosen_operand(
     return Operand(best.access, target), best.factor
 
 
-def is_direct(index: Sequence[Index], target: Sequence[Index]) -> bool:
+def is_direct(
+    index: Sequence[Index], sizes: Sequence[sympy.Expr], target: Sequence[Index]
+) -> bool:
     """Whether each dimension is one of the wanted axes (or of size 1) and none occurs twice."""
+    if any(p == Index() and size != 1 for p, size in zip(index, sizes, strict=True)):
+        return False
     used = [position for position in index if position != Index()]
     return len(set(used)) == len(used) and all(position in target for position in used)
 

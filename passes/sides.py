@@ -90,7 +90,6 @@ class SideReader(ElementReader):
     def side(self, access: Access) -> Any:
         """The element of a side tensor, in the form that the spec is to hold."""
         access = self._peeled(access)
-        before = dict(self.loaded)
         element = self.read(access)
         if is_condition(element):
             if is_exact(element) and loads_are_thin(element):
@@ -102,7 +101,6 @@ class SideReader(ElementReader):
             return element
         elif depends_on_distance_only(element) and not element.has(RowStatistic):
             return self._by_distance(access)
-        self.loaded = before
         if access.node.target is aten.add.Tensor and arguments(access.node)["alpha"] == 1:
             named = arguments(access.node)
             if all(isinstance(named[name], fx.Node) for name in ("self", "other")):

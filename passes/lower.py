@@ -1,0 +1,343 @@
+"""Replace matched sites in a copy of the Dynamo graph by the kernels chosen for them.
+
+The copy gets each site's operands (as they stand in the graph, or as views of what stands there),
+the call of its kernel, and its result in the layout that the model wants; what only the replaced
+attention needed is erased. The original graph is never edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from adaattn_compiler.kernels.choose import Choice, choose
+from adaattn_compiler.kernels.evaluate import evaluate_dense, positions, rank_of
+from adaattn_compiler.kernels.problem import Problem, Shape, Sizes
+from adaattn_compiler.options import Options
+from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_of
+from adaattn_compiler.passes.contraction import Spine
+from adaattn_compiler.passes.emit import Emitter
+from adaattn_compiler.passes.index_map import Axis, Digit, Index, NotAffine, divide
+from adaattn_compiler.passes.match import Refused
+from adaattn_compiler.passes.resample import distance_vector
+from adaattn_compiler.passes.site import Site
+from adaattn_compiler.passes.views import Access, input_access
+from adaattn_compiler.spec import Refusal
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A site and the kernel that computes it now."""
+
+    site: Site
+    problem: Problem
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph (None where nothing was rewritten) and what became of each site."""
+
+    graph_module: fx.GraphModule | None
+    results: tuple[Lowered | Refused, ...] = field(default=())
+
+
+def check_uses(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Site | Refused]:
+    """Refuse sites whose scores or weights are needed for something else as well."""
+    sites = [item for item in found if isinstance(item, Site)]
+    while True:
+        live = view.live_without({site.output: _inputs(site) for site in sites})
+        kept = [site for site in sites if not _needed_elsewhere(site, live)]
+        if len(kept) == len(sites):
+            break
+        sites = kept
+    reason = "the attention weights are used outside the attention (returned, or stored)"
+    return [
+        item
+        if isinstance(item, Refused) or item in sites
+        else Refused(item.name, item.spelling, reason, item.anchor)
+        for item in found
+    ]
+
+
+def _inputs(site: Site) -> tuple[fx.Node, ...]:
+    sides = [side.distance.node if side.distance else side.node for side in site.sides]
+    return (*(o.access.node for o in (site.q, site.k, site.v)), *sides)
+
+
+def _needed_elsewhere(site: Site, live: frozenset[fx.Node]) -> bool:
+    return site.anchor is not site.output and site.anchor in live
+
+
+def lower(
+    graph_module: fx.GraphModule,
+    view: CanonicalView,
+    found: Sequence[Site | Refused],
+    options: Options,
+) -> Rewritten:
+    """See the module's docstring."""
+    graph, copies = _copied(graph_module)
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    results: list[Lowered | Refused] = []
+    memo: dict[Any, Any] = {}
+    for item in found:
+        if isinstance(item, Refused):
+            results.append(item)
+            continue
+        results.append(_lowered(view, tracer, copies, item, options, memo))
+    lowered = [result for result in results if isinstance(result, Lowered)]
+    if not lowered:
+        return Rewritten(None, tuple(results))
+    _erase_dead(view, graph, copies, [result.site for result in lowered])
+    graph.lint()
+    rewritten = fx.GraphModule(graph_module, graph)
+    rewritten.meta = dict(graph_module.meta)
+    return Rewritten(rewritten, tuple(results))
+
+
+def _copied(graph_module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(graph_module.graph, copies)
+    output = next(iter(graph_module.graph.find_nodes(op="output")))
+    copies[output] = graph.output(result)
+    copies[output].meta = dict(output.meta)
+    return graph, copies
+
+
+def _lowered(
+    view: CanonicalView,
+    tracer: fx.proxy.GraphAppendingTracer,
+    copies: dict[fx.Node, fx.Node],
+    site: Site,
+    options: Options,
+    memo: dict[Any, Any],
+) -> Lowered | Refused:
+    before = origin_of(site.output)
+    emitter = Emitter(view, tracer, copies, before)
+    shared = dict(memo)
+    try:
+        problem = problem_of(site)
+        choice = choose(problem, options)
+        result = _call(emitter, site, problem, choice, memo)
+        _replace(emitter, site, result)
+    except (Refusal, NotAffine) as refusal:
+        for node in reversed(emitter.new):
+            tracer.graph.erase_node(node)
+        memo.clear()
+        memo.update(shared)
+        reason = str(refusal)
+        return Refused(site.name, site.spelling, reason, site.anchor)
+    _annotate(emitter, before)
+    return Lowered(site, problem, choice)
+
+
+def problem_of(site: Site) -> Problem:
+    """What the kernels are offered for a site."""
+    sizes = site.sizes
+    fixed = [name for name in ("H", "G", "D", "E") if not sizes[name].is_Integer]
+    if fixed:
+        raise Refusal(f"{fixed[0]} is not a fixed number", site.anchor)
+    known = {name: int(s) if s.is_Integer else None for name, s in sizes.items()}
+    q_node, v_node = site.q.access.node, site.v.access.node
+    shape = Shape(
+        known["B"],
+        int(sizes["H"]),
+        int(sizes["G"]),
+        known["M"],
+        known["N"],
+        int(sizes["D"]),
+        int(sizes["E"]),
+        hints=tuple(_hint(sizes[name], site) for name in ("B", "M", "N")),  # type: ignore[arg-type]
+    )
+    dtypes = [meta_of(node).dtype for node in (q_node, site.k.access.node, v_node)]
+    dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
+    return Problem(site.spec, shape, dtype, meta_of(q_node).device.type, site.requires_grad)
+
+
+def _hint(size: sympy.Expr, site: Site) -> int:
+    """The size that a symbolic size had when it was captured."""
+    if size.is_Integer:
+        return int(size)
+    fake = site.q.access.node.meta["fake"]
+    return int(fake.fake_mode.shape_env.size_hint(size))
+
+
+def _call(
+    emitter: Emitter, site: Site, problem: Problem, choice: Choice, memo: dict[Any, Any]
+) -> fx.Node:
+    sizes = Sizes(
+        emitter.size(site.sizes["B"]),
+        problem.shape.heads,
+        emitter.size(site.sizes["M"]),
+        emitter.size(site.sizes["N"]),
+        tuple(emitter.size(param) for param in site.params),
+        memo,
+    )
+    operands = [
+        emitter.tensor(side.node)
+        if side.distance is None
+        else _distance_operand(emitter, site, side.distance, sizes)
+        for side in site.sides
+    ]
+    tensors = []
+    for operand in (site.q, site.k, site.v):
+        node = emitter.operand(operand)
+        if meta_of(operand.access.node).dtype != problem.dtype:
+            node = emitter.method("to", node, problem.dtype)
+        tensors.append(node)
+    if site.scale_factor is not None:
+        tensors[0] = emitter.call(_scaled, tensors[0], site, operands, sizes)
+    attention = choice.kernel.build(problem)
+    result = emitter.call(attention, *tensors, operands, sizes)
+    dtype = meta_of(site.output).dtype
+    if dtype != problem.dtype:
+        result = emitter.method("to", result, dtype)
+    return result
+
+
+def _distance_operand(emitter: Emitter, site: Site, access: Access, sizes: Sizes) -> fx.Node:
+    key = ("distance", access, str(sizes.scores))
+    if key not in sizes.memo:
+        sizes.memo[key] = distance_vector(emitter, access, site.axes, sizes)
+    node: fx.Node = sizes.memo[key]
+    return node
+
+
+def _scaled(q_BHMD: Any, site: Site, operands: Sequence[Any], sizes: Sizes) -> Any:
+    """Q times a factor that is a tensor."""
+    factor = site.scale_factor
+    values = positions((factor,), q_BHMD, sizes.scores)
+    tensor = evaluate_dense(factor, values, operands, sizes.params)
+    rank = rank_of(factor)
+    if rank:  # its last axis is that of the keys, which it does not depend on
+        tensor = tensor[(None,) * (4 - rank) + (...,)]
+    return q_BHMD * tensor
+
+
+# -- the result ------------------------------------------------------------------------------------
+
+
+def _replace(emitter: Emitter, site: Site, result: fx.Node) -> None:
+    """Let the site's result stand where the product (or SDPA call) did."""
+    dynamo = origin_of(site.output)
+    value = emitter.view.values.get(dynamo)
+    if not isinstance(value, fx.Node):
+        raise Refusal("a product inside a call with several results", site.output)
+    index = _index_from(value, site.output)
+    if index is None:
+        emitter.written[site.output] = _in_layout_of(emitter, site, site.output, None, result)
+        new = emitter.tensor_of_origin(value)
+    else:
+        new = _in_layout_of(emitter, site, value, index, result)
+    copy = emitter.copies[dynamo]
+    copy.replace_all_uses_with(new)
+    emitter.copies[dynamo] = new
+    emitter.graph.erase_node(copy)
+
+
+def _index_from(value: fx.Node, output: fx.Node) -> tuple[list[Axis], tuple[Index, ...]] | None:
+    """The index of the output's element that is each element of a view of it; None if it is none."""
+    axes = [Axis(f"y{d}", size) for d, size in enumerate(meta_of(value).shape)]
+    access: Access | None = Access(value, tuple(Index.of_axis(axis) for axis in axes))
+    while access is not None and access.node is not output:
+        if meta_of(access.node).dtype != meta_of(output).dtype:
+            return None
+        try:
+            access = input_access(access)
+        except NotAffine:
+            return None
+    return None if access is None else (axes, access.index)
+
+
+def _in_layout_of(
+    emitter: Emitter,
+    site: Site,
+    value: fx.Node,
+    found: tuple[list[Axis], tuple[Index, ...]] | None,
+    result: fx.Node,
+) -> fx.Node:
+    """The result [B,H,M,E] as the tensor `value`, whose elements are the product's at an index."""
+    if found is None:
+        axes = [Axis(f"y{d}", size) for d, size in enumerate(meta_of(value).shape)]
+        index = tuple(Index.of_axis(axis) for axis in axes)
+    else:
+        axes, index = found
+    loops: dict[Axis, Index] = {}
+    for position, at in zip(site.result, index, strict=True):
+        _assign(loops, position, at)
+    canonical = [
+        _canonical(site, axis, loops) for axis in (site.axes.batch, site.axes.head, site.axes.query)
+    ]
+    columns = loops.get(site.value_axis, Index())
+    sizes = [site.sizes[name] for name in ("B", "H", "M", "E")]
+    return emitter.arranged(
+        result, [*canonical, columns], sizes, [Index.of_axis(axis) for axis in axes]
+    )
+
+
+def _assign(loops: dict[Axis, Index], position: Index, at: Index) -> None:
+    """The product's index along one dimension is `at`: what that says of the axes in it."""
+    left = at
+    for digit, coef in sorted(position.terms, key=lambda t: sympy.default_sort_key(t[1])):
+        _, rest = divide(left, sympy.expand(coef * digit.extent)) if len(position.terms) > 1 else (
+            None,
+            left,
+        )
+        value, _ = divide(rest, coef)
+        loops[digit.axis] = loops.get(digit.axis, Index()).plus(value.scaled(digit.div))
+
+
+def _canonical(site: Site, axis: Axis, loops: dict[Axis, Index]) -> Index:
+    """A canonical axis in terms of the axes of the value that is written."""
+    total = Index()
+    for atom, canonical in site.axes.atoms:
+        for digit, coef in canonical.terms:
+            if digit.axis != axis or atom.axis not in loops:
+                continue
+            quotient, _ = divide(loops[atom.axis], atom.div)
+            ends_axis = sympy.expand(atom.div * atom.extent - atom.axis.size) == 0
+            value = quotient if ends_axis else divide(quotient, atom.extent)[1]
+            total = total.plus(value.scaled(sympy.expand(digit.div * coef)))
+    return total
+
+
+# -- what is left ----------------------------------------------------------------------------------
+
+
+def _erase_dead(
+    view: CanonicalView, graph: fx.Graph, copies: dict[fx.Node, fx.Node], sites: Sequence[Site]
+) -> None:
+    """Erase the calls that only the replaced attentions needed."""
+    live = view.live_without({site.output: _inputs(site) for site in sites})
+    needed = {origin_of(node) for node in live if "origin" in node.meta}
+    recorded = {origin_of(node) for node in view.graph.nodes if "origin" in node.meta}
+    for dynamo in reversed(list(copies)):
+        copy = copies[dynamo]
+        if (
+            dynamo in recorded
+            and dynamo not in needed
+            and dynamo.op in ("call_function", "call_method")
+            and copy.graph is graph
+            and not copy.users
+            and copy in graph.nodes
+        ):
+            graph.erase_node(copy)
+
+
+def _annotate(emitter: Emitter, origin: fx.Node) -> None:
+    """Give new nodes the metadata that passes after us look for."""
+    for node in emitter.new:
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if key in origin.meta:
+                node.meta.setdefault(key, origin.meta[key])
+
+
+__all__ = ["Digit", "Lowered", "Rewritten", "Spine", "check_uses", "lower", "problem_of"]

@@ -1,0 +1,75 @@
+"""The way of a graph, on one screen.
+
+    Dynamo graph -> expanded -> canonical view -> sites -> uses -> validated -> rewritten graph
+
+Every stage is a function from values to values. What goes wrong in one leaves the graph (or the
+site) alone, with the reason; nothing here can fail a compilation.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from adaattn_compiler.options import Options
+from adaattn_compiler.passes.canonicalize import canonicalize
+from adaattn_compiler.passes.lower import Lowered, check_uses, lower
+from adaattn_compiler.passes.match import Refused, match
+from adaattn_compiler.passes.validate import validate
+from adaattn_compiler.spec import Refusal
+
+log = logging.getLogger("adaattn_compiler")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A graph after the passes.
+
+    graph_module: the rewritten graph, or None where the original is to be used; results: what
+    became of each attention that was seen; failure: why the whole graph was left alone;
+    seconds: time spent in each pass.
+    """
+
+    graph_module: fx.GraphModule | None
+    results: tuple[Lowered | Refused, ...] = ()
+    failure: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Analysis:
+    """Find and lower the attentions of a Dynamo graph. Never raises."""
+    timer = _Timer()
+    try:
+        view = timer("canonicalize", canonicalize, graph_module)
+        found = timer("match", match, view)
+        found = timer("uses", check_uses, view, found)
+        if options.validate:
+            found = timer("validate", validate, view, found, inputs)
+        rewritten = timer("lower", lower, graph_module, view, found, options)
+    except Refusal as refusal:
+        return Analysis(None, failure=str(refusal), seconds=timer.seconds)
+    except Exception as error:
+        log.warning("analysis failed, the graph goes to Inductor as it is: %r", error)
+        log.debug("where analysis failed", exc_info=True)
+        return Analysis(None, failure=f"analysis failed: {error!r}", seconds=timer.seconds)
+    return Analysis(rewritten.graph_module, rewritten.results, seconds=timer.seconds)
+
+
+class _Timer:
+    """Runs passes and keeps their times."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, stage: Any, *args: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return stage(*args)
+        finally:
+            self.seconds[name] = time.perf_counter() - begin
+            log.debug("pass %s: %.1f ms", name, 1e3 * self.seconds[name])
