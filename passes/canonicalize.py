@@ -70,6 +70,7 @@ class CanonicalView:
     read_until: view node -> the Dynamo node that overwrites its storage (it must be read before).
     constants: view node -> its value, for tensors made from Python data in the graph.
     live: the nodes that the outputs and effects need; effects: the calls that change an input.
+    buffers: nodes that are module buffers: which of the graph's inputs, and its value now.
     """
 
     graph: fx.Graph
@@ -79,6 +80,7 @@ class CanonicalView:
     constants: dict[fx.Node, torch.Tensor]
     live: frozenset[fx.Node]
     effects: frozenset[fx.Node]
+    buffers: dict[fx.Node, tuple[int, torch.Tensor]]
 
     def live_without(self, bridges: dict[fx.Node, tuple[fx.Node, ...]]) -> frozenset[fx.Node]:
         """The nodes still needed when each bridged node is computed from the given ones instead."""
@@ -106,9 +108,10 @@ def size_expr(size: Any) -> sympy.Expr:
     return sympy.sympify(size)
 
 
-def canonicalize(graph_module: fx.GraphModule) -> CanonicalView:
+def canonicalize(graph_module: fx.GraphModule, real: Sequence[Any] = ()) -> CanonicalView:
     """The canonical view of a Dynamo graph, from the `example_value` of its placeholders.
 
+    real: the graph's example inputs, of which those that are module buffers are kept with the view.
     Raises whatever the run raises; the caller then leaves the graph alone.
     """
     recorder = _Recorder()
@@ -121,7 +124,18 @@ def canonicalize(graph_module: fx.GraphModule) -> CanonicalView:
         raise Refusal("no input is a tensor")
     with _undisturbed(fake_mode), fake_mode, recorder:
         interpreter.run(*inputs)
-    return recorder.finish(graph_module.graph)
+    return recorder.finish(graph_module.graph, _buffers(graph_module.graph, real))
+
+
+def _buffers(graph: fx.Graph, real: Sequence[Any]) -> dict[str, tuple[int, torch.Tensor]]:
+    """Placeholders that are buffers of a module: their positions and values."""
+    found: dict[str, tuple[int, torch.Tensor]] = {}
+    for position, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), real)):  # noqa: B905
+        base = getattr(getattr(node, "_dynamo_source", None), "base", None)
+        is_buffer = getattr(base, "member", None) == "_buffers"
+        if is_buffer and isinstance(value, torch.Tensor) and not _is_fake(value):
+            found[node.name] = (position, value)
+    return found
 
 
 @contextlib.contextmanager
@@ -255,7 +269,9 @@ class _Recorder(TorchDispatchMode):
 
     # -- result ----------------------------------------------------------------------------
 
-    def finish(self, dynamo_graph: fx.Graph) -> CanonicalView:
+    def finish(
+        self, dynamo_graph: fx.Graph, buffers: dict[str, tuple[int, torch.Tensor]]
+    ) -> CanonicalView:
         known: dict[fx.Node, fx.Node] = {}
         for dynamo_node, value in self.values.items():
             if isinstance(value, fx.Node):
@@ -273,6 +289,11 @@ class _Recorder(TorchDispatchMode):
             self.constants,
             _live(self.graph, effects, {}),
             effects,
+            {
+                node: buffers[origin_of(node).name]
+                for node in self.graph.find_nodes(op="placeholder")
+                if origin_of(node).name in buffers
+            },
         )
 
 

@@ -22,6 +22,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
+from adaattn_compiler.passes.buffers import as_expression
 from adaattn_compiler.passes.canonicalize import CanonicalView, getitem, meta_of
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access
@@ -78,6 +79,7 @@ class ElementReader:
         self.stops = stops or {}
         self.row_axis = row_axis
         self.loaded: dict[str, fx.Node] = {}
+        self.assumed: set[int] = set()
         self._memo: dict[Access, Any] = {}
 
     def read(self, access: Access) -> Any:
@@ -101,10 +103,25 @@ class ElementReader:
         if constant is not None and constant.numel() == 1:
             value = constant.item()
             return sympy.true if value is True else sympy.false if value is False else _number(value)
+        if node in self.view.buffers:
+            element = self._buffer_element(access)
+            if element is not None:
+                return element
         self.loaded[node.name] = node
         index = [position.expression(self.axes) for position in access.index]
         element = Load(sympy.Symbol(node.name), *index)
         return sympy.Ne(element, 0) if meta_of(node).dtype == torch.bool else element
+
+    def _buffer_element(self, access: Access) -> Any | None:
+        """The element of a module's buffer whose values are those of a mask; else None."""
+        position, value = self.view.buffers[access.node]
+        if len(access.index) < 2:
+            return None
+        row, column = (at.expression(self.axes) for at in access.index[-2:])
+        element = as_expression(value, row, column)
+        if element is not None:
+            self.assumed.add(position)
+        return element
 
     def _read(self, access: Access) -> Any:
         if access.node in self.stops:

@@ -365,6 +365,7 @@ def _assembled(
         params=numbered.params,
         scale_factor=None if factor == 1 else factor,
         requires_grad=bool(output.meta["fake"].requires_grad),
+        assumes=frozenset(reader.assumed),
         **fields,
     )
 

@@ -31,12 +31,13 @@ class Analysis:
     """A graph after the passes.
 
     graph_module: the rewritten graph, or None where the original is to be used; results: what
-    became of each attention that was seen; failure: why the whole graph was left alone;
+    became of each attention that was seen; assumes: inputs whose values the rewriting relies on; failure: why the whole graph was left alone;
     seconds: time spent in each pass.
     """
 
     graph_module: fx.GraphModule | None
     results: tuple[Lowered | Refused, ...] = ()
+    assumes: frozenset[int] = frozenset()
     failure: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -45,7 +46,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
     """Find and lower the attentions of a Dynamo graph. Never raises."""
     timer = _Timer()
     try:
-        view = timer("canonicalize", canonicalize, graph_module)
+        view = timer("canonicalize", canonicalize, graph_module, inputs)
         found = timer("match", match, view)
         found = timer("uses", check_uses, view, found)
         if options.validate:
@@ -57,7 +58,13 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
         log.warning("analysis failed, the graph goes to Inductor as it is: %r", error)
         log.debug("where analysis failed", exc_info=True)
         return Analysis(None, failure=f"analysis failed: {error!r}", seconds=timer.seconds)
-    return Analysis(rewritten.graph_module, rewritten.results, seconds=timer.seconds)
+    lowered = [result.site for result in rewritten.results if isinstance(result, Lowered)]
+    return Analysis(
+        rewritten.graph_module,
+        rewritten.results,
+        frozenset().union(*(site.assumes for site in lowered)),
+        seconds=timer.seconds,
+    )
 
 
 class _Timer:

@@ -44,7 +44,8 @@ class Site:
 
     anchor: its softmax or SDPA call; output: the node of its result, read at `result`;
     scale_tensor: a factor of the scores that is not a number (multiplied onto Q), or None.
-    requires_grad: whether a gradient must flow through it.
+    requires_grad: whether a gradient must flow through it; assumes: which of the graph's inputs are
+    buffers whose values the spec was read from.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Site:
     inner: Axis
     value_axis: Axis
     requires_grad: bool = False
-    owned: frozenset[fx.Node] = field(default=frozenset())
+    assumes: frozenset[int] = field(default=frozenset())
 
     @property
     def sizes(self) -> dict[str, Size]:

@@ -150,7 +150,9 @@ class Slice:
         lines = [f"{meta_of(leaf).shape}{meta_of(leaf).dtype}" for leaf in self.leaves]
         for node in self.nodes:
             named = fx.node.map_arg((node.args, node.kwargs), lambda n: sympy.Symbol(f"n{number[n]}"))
-            lines.append(f"{node.target}{named}{self.constants.get(node)}")
+            value = self.constants.get(node)
+            content = "" if value is None else f"{value.shape}{value.data_ptr()}"
+            lines.append(f"{node.target}{named}{content}")
         return "\n".join(lines)
 
     def run(
@@ -191,6 +193,7 @@ def slice_above(view: CanonicalView, site: Site) -> Slice:
     """What a site was matched from: all between its operands and its product with V."""
     stops = {site.q.access.node, site.k.access.node, site.v.access.node}
     stops |= {side.node for side in site.sides if side.distance is None}
+    constants = view.constants | {node: value for node, (_, value) in view.buffers.items()}
     needed: set[fx.Node] = set()
     leaves: list[fx.Node] = []
     pending = [site.output]
@@ -198,10 +201,10 @@ def slice_above(view: CanonicalView, site: Site) -> Slice:
         node = pending.pop()
         if node in needed or node in leaves:
             continue
-        if node in stops or (node.op == "placeholder" and node not in view.constants):
+        if node in stops or (node.op == "placeholder" and node not in constants):
             leaves.append(node)
             continue
-        if node.target in (opaque, overwritten) and node not in view.constants:
+        if node.target in (opaque, overwritten) and node not in constants:
             raise Refusal("a slice that holds a call which is not understood", node)
         needed.add(node)
         pending.extend(node.all_input_nodes)
@@ -209,7 +212,7 @@ def slice_above(view: CanonicalView, site: Site) -> Slice:
     order = {node: i for i, node in enumerate(view.graph.nodes)}
     nodes = tuple(sorted(needed, key=order.__getitem__))
     leaves.sort(key=order.__getitem__)
-    return Slice(nodes, tuple(leaves), view.constants)
+    return Slice(nodes, tuple(leaves), constants)
 
 
 # -- calls that name sizes -------------------------------------------------------------------------
