@@ -85,7 +85,14 @@ def _report(analysis: Analysis) -> None:
         log.info("graph left to Inductor: %s", analysis.failure)
     for site in records(analysis):
         if site.lowered:
-            log.info("%s: %s, mask %s -> %s (%s)", site.name, site.spelling, site.mask, site.kernel, site.why)
+            log.info(
+                "%s: %s, mask %s -> %s (%s)",
+                site.name,
+                site.spelling,
+                site.mask,
+                site.kernel,
+                site.why,
+            )
         else:
             log.info("%s: %s, left to Inductor: %s", site.name, site.spelling, site.reason)
 
@@ -99,6 +106,8 @@ def _dump(graph_module: fx.GraphModule, analysis: Analysis, options: Options) ->
         number = len(list(options.dump_dir.glob("graph_*_before.txt")))
         (options.dump_dir / f"graph_{number}_before.txt").write_text(str(graph_module.graph))
         if analysis.graph_module is not None:
-            (options.dump_dir / f"graph_{number}_after.txt").write_text(str(analysis.graph_module.graph))
+            (options.dump_dir / f"graph_{number}_after.txt").write_text(
+                str(analysis.graph_module.graph)
+            )
     except OSError as error:
         log.warning("graphs could not be written to %s: %s", options.dump_dir, error)

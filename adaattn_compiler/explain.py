@@ -29,7 +29,7 @@ class SiteRecord:
     name: path of the module it is in; ordinal: its number within that module; kind: "attention";
     lowered: whether a kernel of ours or a chosen one computes it now; reason: why not, when not;
     spelling: how the model writes its softmax; mask: in words; kernel: what computes it; decision:
-    how exactly ("exact" without a policy); shape: sizes as captured, such as "B1 H8 G2 M64 N64 D32".
+    how exactly ("exact" without a policy); shape: sizes as captured ("B1 H8 G2 M64 N64 D32").
     """
 
     name: str
@@ -92,7 +92,9 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
 def records(analysis: Analysis, graph: int = 0) -> tuple[SiteRecord, ...]:
     """The records of one graph's sites."""
     return tuple(
-        _lowered_record(result, graph) if isinstance(result, Lowered) else _refused_record(result, graph)
+        _lowered_record(result, graph)
+        if isinstance(result, Lowered)
+        else _refused_record(result, graph)
         for result in analysis.results
     )
 
@@ -122,7 +124,16 @@ def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
 
 def _refused_record(result: Refused, graph: int) -> SiteRecord:
     return SiteRecord(
-        result.name, 0, "attention", False, result.reason, result.spelling, None, None, None, None,
+        result.name,
+        0,
+        "attention",
+        False,
+        result.reason,
+        result.spelling,
+        None,
+        None,
+        None,
+        None,
         graph=graph,
     )
 

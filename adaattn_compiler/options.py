@@ -55,8 +55,8 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
             inductors[key] = value
         else:
             raise ValueError(
-                f"unknown option {key!r}: AdaAttn's are {', '.join(Options.names())}; others must be "
-                "options of Inductor (torch._inductor.list_options() lists them)"
+                f"unknown option {key!r}: AdaAttn's are {', '.join(Options.names())}; others must "
+                "be options of Inductor (torch._inductor.list_options() lists them)"
             )
     return Options(**ours), inductors
 

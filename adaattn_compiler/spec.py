@@ -3,7 +3,7 @@
 A site computes, for batch item b, query head h, query row q and key column k,
 
     S[b,h,q,k] = scale * sum_d Q[b,h,q,d] * K[b,h//group,k,d]
-    P[b,h,q,:] = softmax over {k : mask(b,h,q,k)} of score(S, b, h, q, k), and over the sink if there is one
+    P[b,h,q,:] = softmax over {k : mask(b,h,q,k)} of score(S, b, h, q, k), and over the sink, if any
     O[b,h,q,e] = sum_k P[b,h,q,k] * V[b,h//group,k,e]
 
 `score` and `mask` are sympy expressions over the symbols below, so that one form serves every

@@ -17,7 +17,7 @@ import torch
 from sympy.core.relational import Relational
 from torch import fx
 
-from adaattn_compiler.spec import POSITIONS, AttentionSpec, Load, M, N, Where, b, h, k, param, q
+from adaattn_compiler.spec import POSITIONS, AttentionSpec, Load, M, N, Where, param
 
 LoadFunction = Callable[[int, tuple[sympy.Expr, ...]], Any]
 
@@ -57,9 +57,11 @@ def evaluate(expression: Any, values: Mapping[sympy.Symbol, Any], load: LoadFunc
 
 def _ordered(expression: Any) -> Sequence[Any]:
     """Arguments with tensors first, so that an operator never starts from two numbers."""
-    return sorted(expression.args, key=lambda arg: (arg.is_number, str(arg))) if (
-        isinstance(expression, (sympy.Add, sympy.Mul))
-    ) else expression.args
+    return (
+        sorted(expression.args, key=lambda arg: (arg.is_number, str(arg)))
+        if (isinstance(expression, (sympy.Add, sympy.Mul)))
+        else expression.args
+    )
 
 
 def _power(expression: Any, value: Callable[[Any], Any]) -> Any:
@@ -78,8 +80,7 @@ def _folded(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 def _extreme(tensor_form: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     def both(x: Any, y: Any) -> Any:
         if isinstance(y, (int, float)):
-            limit = {"min": y} if tensor_form is torch.maximum else {"max": y}
-            return torch.clamp(x, **limit)
+            return x.clamp(min=y) if tensor_form is torch.maximum else x.clamp(max=y)
         return tensor_form(x, y)
 
     return both

@@ -38,7 +38,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention to lower: q [B,H,M,D], k [B,G,N,D], v [B,G,N,E] of one dtype and device type."""
+    """One attention to lower: q [B,H,M,D], k [B,G,N,D], v [B,G,N,E] of one dtype."""
 
     spec: AttentionSpec
     shape: Shape
@@ -73,7 +73,9 @@ Attention = Callable[[Any, Any, Any, Sequence[Any], Sizes], Any]
 class Kernel(Protocol):
     """One way to compute attention."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As `explain` shows it and options name it."""
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot take the problem; None where it can."""

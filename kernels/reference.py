@@ -29,9 +29,7 @@ def reference_attention(
     """
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]
-    values = positions(
-        (spec.score, spec.mask, spec.sink), q, (batch, heads, rows, columns)
-    )
+    values = positions((spec.score, spec.mask, spec.sink), q, (batch, heads, rows, columns))
     product = q @ k.repeat_interleave(spec.group, 1).transpose(-1, -2) * spec.scale
     values[S] = product
     scores = evaluate_dense(spec.score, values, operands, params)

@@ -13,7 +13,6 @@ from typing import Any
 import sympy
 import torch
 import torch.nn.functional as F
-
 from torch import fx
 
 from adaattn_compiler.kernels.evaluate import (
@@ -98,7 +97,8 @@ def _shared_mask(
         return _mask(spec, problem, like, operands, sizes)
     if key not in sizes.memo:
         sizes.memo[key] = _mask(spec, problem, like, operands, sizes)
-    return sizes.memo[key]
+    mask, empty = sizes.memo[key]
+    return mask, empty
 
 
 def _mask(

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
-from adaattn_compiler.passes.canonicalize import getitem, meta_of
+from adaattn_compiler.passes.canonicalize import getitem
 from adaattn_compiler.passes.index_map import NotAffine
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access
 from adaattn_compiler.spec import Refusal
@@ -94,7 +94,10 @@ def _exp_over_sum(access: Access) -> Softmax | None:
         return None
     summed = arguments(total)
     exponential = _through_casts(numerator)
-    if _through_casts(summed["self"]) is not exponential or exponential.target is not aten.exp.default:
+    if (
+        _through_casts(summed["self"]) is not exponential
+        or exponential.target is not aten.exp.default
+    ):
         return None
     if len(summed["dim"] or []) != 1 or not summed["keepdim"]:
         return None
@@ -136,7 +139,11 @@ def _dropout(access: Access) -> Probabilities | None:
     node = access.node
     if node.target is getitem:
         parent, position = node.args
-        if isinstance(parent, fx.Node) and parent.target is aten.native_dropout.default and position == 0:
+        if (
+            isinstance(parent, fx.Node)
+            and parent.target is aten.native_dropout.default
+            and position == 0
+        ):
             named = arguments(parent)
             below = probabilities_below(Access(named["input"], access.index))
             active = named["train"] is not False
@@ -187,7 +194,9 @@ def blocked_softmax(access: Access, steps: int = 12) -> Refusal | None:
         node = pending.pop(0)
         seen += 1
         if node.target in SOFTMAXES:
-            return Refusal(f"{access.node.target} between softmax and the product with V", access.node)
+            return Refusal(
+                f"{access.node.target} between softmax and the product with V", access.node
+            )
         if node.op == "call_function":
             pending.extend(n for n in node.all_input_nodes if "tensor" in n.meta)
     return None
@@ -200,15 +209,3 @@ def peeled(access: Access) -> Access:
     except NotAffine:
         return access
     return access if below is None else peeled(below)
-
-
-__all__ = [
-    "SOFTMAXES",
-    "Probabilities",
-    "Softmax",
-    "blocked_softmax",
-    "meta_of",
-    "peeled",
-    "probabilities_below",
-    "softmax_at",
-]

@@ -8,6 +8,7 @@ key/value head.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -103,9 +104,9 @@ def atoms_of(axis: Axis, digits: Iterable[Digit]) -> list[Digit]:
             continue
         place = next((i for i, other in enumerate(ordered) if _divides(cut, other)), len(ordered))
         ordered.insert(place, cut)
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in itertools.pairwise(ordered):
         exact_quotient(high, low)  # NotAffine where the cuts are no chain
-    pairs = list(zip(ordered, ordered[1:], strict=False))
+    pairs = list(itertools.pairwise(ordered))
     return [Digit(axis, low, exact_quotient(high, low)) for low, high in reversed(pairs)]
 
 

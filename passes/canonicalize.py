@@ -117,7 +117,9 @@ def canonicalize(graph_module: fx.GraphModule, real: Sequence[Any] = ()) -> Cano
     recorder = _Recorder()
     interpreter = _RecordingInterpreter(graph_module, recorder)
     inputs = [
-        node.meta.get("example_value") for node in graph_module.graph.nodes if node.op == "placeholder"
+        node.meta.get("example_value")
+        for node in graph_module.graph.nodes
+        if node.op == "placeholder"
     ]
     fake_mode = next((t.fake_mode for t in inputs if hasattr(t, "fake_mode")), None)
     if fake_mode is None:
@@ -145,7 +147,9 @@ def _undisturbed(fake_mode: Any) -> Iterator[None]:
     no_guards = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
     with (
         torch.set_grad_enabled(torch.is_grad_enabled()),
-        torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu"), dtype=torch.get_autocast_dtype("cpu")),
+        torch.autocast(
+            "cpu", enabled=torch.is_autocast_enabled("cpu"), dtype=torch.get_autocast_dtype("cpu")
+        ),
         no_guards,
     ):
         yield
@@ -155,7 +159,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down ATen calls as nodes of a functional graph."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.origin: fx.Node | None = None
         self.paused = False
@@ -171,7 +175,11 @@ class _Recorder(TorchDispatchMode):
     # -- recording -------------------------------------------------------------------------
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if self.paused or func is torch.ops.prim.device.default:
@@ -253,7 +261,11 @@ class _Recorder(TorchDispatchMode):
                 self.bind(self._unknown_tensor(tree), tree)
             return self.node_of[id(tree)]
         if isinstance(tree, (tuple, list)):
-            return type(tree)(self.nodes(item) for item in tree) if type(tree) in (tuple, list) else tree
+            return (
+                type(tree)(self.nodes(item) for item in tree)
+                if type(tree) in (tuple, list)
+                else tree
+            )
         if isinstance(tree, dict):
             return {key: self.nodes(item) for key, item in tree.items()}
         if isinstance(tree, (torch.SymInt, torch.SymFloat)):
@@ -277,7 +289,9 @@ class _Recorder(TorchDispatchMode):
             if isinstance(value, fx.Node):
                 known.setdefault(value, dynamo_node)
         results = [
-            node for out in dynamo_graph.find_nodes(op="output") for node in _nodes_in(out, self.values)
+            node
+            for out in dynamo_graph.find_nodes(op="output")
+            for node in _nodes_in(out, self.values)
         ]
         self.graph.output(tuple(results))
         effects = frozenset(self.effects)
@@ -321,7 +335,9 @@ class _RecordingInterpreter(fx.Interpreter):
         return result
 
     def _input(self, n: fx.Node) -> Any:
-        value = n.meta.get("example_value") if n.op == "placeholder" else self.fetch_attr(str(n.target))
+        value = (
+            n.meta.get("example_value") if n.op == "placeholder" else self.fetch_attr(str(n.target))
+        )
         if n.op == "placeholder":
             value = super().run_node(n)
         if isinstance(value, torch.Tensor) and id(value) not in self.recorder.node_of:
@@ -342,13 +358,14 @@ class _RecordingInterpreter(fx.Interpreter):
             result = torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
         finally:
             recorder.paused = False
-        recorder.record(target, *recorder.nodes((args, kwargs)), result)
+        node_args, node_kwargs = recorder.nodes((args, kwargs))
+        recorder.record(target, node_args, node_kwargs, result)
         return result
 
     def _opaque(self, n: fx.Node) -> Any:
         recorder = self.recorder
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        inputs = [t for t in _tensors((args, kwargs))]
+        inputs = list(_tensors((args, kwargs)))
         result = n.meta.get("example_value")
         recorder.effects.add(recorder.record(opaque, recorder.nodes(inputs), {}, result))
         return result
@@ -364,7 +381,7 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
@@ -405,13 +422,13 @@ def _live(
         node = pending.pop()
         if node not in live:
             live.add(node)
-            pending.extend(bridges[node] if node in bridges else node.all_input_nodes)
+            pending.extend(bridges.get(node, node.all_input_nodes))
     return frozenset(live)
 
 
 def _written_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensor arguments that a call changes, by its schema."""
-    written = []
+    written: list[torch.Tensor] = []
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue

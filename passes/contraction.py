@@ -139,7 +139,9 @@ def products_below(scores: Access, over: str) -> Iterator[tuple[Access, Contract
         names = _SPINE.get(access.node.target, ())
         named = arguments(access.node) if names else {}
         pending.extend(
-            broadcast_access(access, named[name]) for name in names if isinstance(named[name], fx.Node)
+            broadcast_access(access, named[name])
+            for name in names
+            if isinstance(named[name], fx.Node)
         )
 
 

@@ -1,7 +1,7 @@
 """One element of a tensor as a sympy expression of its position.
 
 `ElementReader.read(access)` follows the canonical view upward from a tensor and says what its
-element at that index is: `q >= k` for a causal mask built from `arange`, `Where(q - k < 512, 0, -oo)`
+element at that index is: `q >= k` for a causal mask built from `arange`, `Where(q >= k, 0, -oo)`
 for one that is added, `Load(slopes, h) * (k - q)` for ALiBi. Views are index arithmetic, pointwise
 ops are sympy, and what is not understood (or holds data) is a `Load` of that tensor, which is
 always exact: nothing is guessed, at worst nothing is gained.
@@ -102,7 +102,9 @@ class ElementReader:
         constant = self.view.constants.get(node)
         if constant is not None and constant.numel() == 1:
             value = constant.item()
-            return sympy.true if value is True else sympy.false if value is False else _number(value)
+            return (
+                sympy.true if value is True else sympy.false if value is False else _number(value)
+            )
         if node in self.view.buffers:
             element = self._buffer_element(access)
             if element is not None:
@@ -210,14 +212,16 @@ def lifted(function: Callable[..., Any], *operands: Any) -> Any:
     wheres = [i for i, operand in enumerate(operands) if isinstance(operand, Where)]
     conditions = {operands[i].args[0] for i in wheres}
     others_plain = all(
-        isinstance(o, Where) or (isinstance(o, sympy.Basic) and not o.free_symbols and not o.has(Load))
+        isinstance(o, Where)
+        or (isinstance(o, sympy.Basic) and not o.free_symbols and not o.has(Load))
         for o in operands
     )
     if not wheres or len(conditions) != 1 or not others_plain:
         return function(*operands)
     (condition,) = conditions
     branches = [
-        lifted(function, *(o.args[side] if isinstance(o, Where) else o for o in operands)) for side in (1, 2)
+        lifted(function, *(o.args[side] if isinstance(o, Where) else o for o in operands))
+        for side in (1, 2)
     ]
     if all(is_condition(branch) for branch in branches):
         return sympy.Or(
@@ -238,7 +242,11 @@ def _number(value: Any) -> Any:
             raise Unreadable("NaN")
         if math.isinf(value):
             return sympy.oo if value > 0 else -sympy.oo
-        return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 2**53 else sympy.Float(value)
+        return (
+            sympy.Integer(int(value))
+            if value.is_integer() and abs(value) < 2**53
+            else sympy.Float(value)
+        )
     raise Unreadable(str(value))
 
 
@@ -328,7 +336,9 @@ def _where(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
 
 def _masked_fill(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
     condition = as_condition(reader.operand(access, named["mask"]))
-    return _chosen(condition, reader.operand(access, named["value"]), reader.operand(access, named["self"]))
+    return _chosen(
+        condition, reader.operand(access, named["value"]), reader.operand(access, named["self"])
+    )
 
 
 def _chosen(condition: Boolean, x: Any, y: Any) -> Any:
@@ -350,9 +360,11 @@ def _filled(value: str | int | bool | float) -> _Reader:
     """A tensor of one value: that of a named argument, or the constant itself."""
 
     def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
-        element = reader.operand(Access(access.node, access.index), named[value]) if isinstance(
-            value, str
-        ) else _number(value)
+        element = (
+            reader.operand(Access(access.node, access.index), named[value])
+            if isinstance(value, str)
+            else _number(value)
+        )
         if meta_of(access.node).dtype == torch.bool:
             return as_condition(element)
         return as_number(element)
@@ -370,9 +382,11 @@ def _triangle(keeps: Callable[[Any, Any], Any]) -> _Reader:
     def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
         row, column = (position.expression(reader.axes) for position in access.index[-2:])
         inside = keeps(column - row, as_number(_number(named["diagonal"])))
-        return _chosen(inside, reader.read(Access(named["self"], access.index)), sympy.Integer(0)) if (
-            meta_of(access.node).dtype != torch.bool
-        ) else sympy.And(inside, reader.condition(Access(named["self"], access.index)))
+        return (
+            _chosen(inside, reader.read(Access(named["self"], access.index)), sympy.Integer(0))
+            if (meta_of(access.node).dtype != torch.bool)
+            else sympy.And(inside, reader.condition(Access(named["self"], access.index)))
+        )
 
     return read
 
@@ -395,9 +409,7 @@ def _indexed(reader: ElementReader, access: Access, named: dict[str, Any]) -> An
     return reader.read(Access(source, (*positions, *access.index[rank:])))
 
 
-def _aligned(
-    front: tuple[Index, ...], shape: tuple[sympy.Expr, ...], source: fx.Node
-) -> Access:
+def _aligned(front: tuple[Index, ...], shape: tuple[sympy.Expr, ...], source: fx.Node) -> Access:
     """The element of an index tensor that broadcasting pairs with this position."""
     sizes = meta_of(source).shape
     offset = len(front) - len(sizes)
@@ -477,7 +489,11 @@ def _inexact(name: str) -> _Reader:
     function = sympy.Function(f"{INEXACT}{name}", real=True)
 
     def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
-        operands = [as_number(reader.operand(access, value)) for value in named.values() if value is not None]
+        operands = [
+            as_number(reader.operand(access, value))
+            for value in named.values()
+            if value is not None
+        ]
         element = function(*operands)
         if element.has(q) and element.has(k):
             return element
@@ -515,7 +531,9 @@ _register(_pointwise(("self",), sympy.floor), aten.floor.default)
 _register(_pointwise(("self",), sympy.tanh), aten.tanh.default)
 _register(_pointwise(_BINARY, sympy.Min), aten.minimum.default)
 _register(_pointwise(_BINARY, sympy.Max), aten.maximum.default)
-_register(_clamped, aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default)
+_register(
+    _clamped, aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default
+)
 for _relation, _name in (
     (sympy.Eq, "eq"),
     (sympy.Ne, "ne"),
@@ -542,7 +560,11 @@ _register(_filled("value"), aten.fill.Scalar, aten.fill.Tensor)
 _register(_filled("s"), aten.scalar_tensor.default)
 _register(_filled(1), aten.ones.default, aten.ones_like.default, aten.new_ones.default)
 _register(
-    _filled(0), aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default
+    _filled(0),
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.new_zeros.default,
+    aten.zero.default,
 )
 _register(_arange, aten.arange.default, aten.arange.start, aten.arange.start_step)
 _register(_triangle(lambda offset, diagonal: offset <= diagonal), aten.tril.default)

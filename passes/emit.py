@@ -87,7 +87,9 @@ class Emitter:
         if isinstance(tree, dict):
             return {key: self._proxies(item) for key, item in tree.items()}
         if isinstance(tree, Sizes):
-            fields = {f.name: self._proxies(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+            fields = {
+                f.name: self._proxies(getattr(tree, f.name)) for f in dataclasses.fields(tree)
+            }
             return Sizes(**{**fields, "memo": tree.memo})
         return tree
 
@@ -129,20 +131,20 @@ class Emitter:
             raise Refusal("a tensor that cannot be computed a second time", node)
         args = fx.node.map_arg(node.args, self.tensor)
         kwargs = fx.node.map_arg(node.kwargs, self.tensor)
-        target = operator.getitem if node.target is getitem else node.target
+        target: Any = operator.getitem if node.target is getitem else node.target
         result: fx.Node = self.call(target, *self._sized(args), **self._sized(kwargs))
         self.written[node] = result
         return result
 
     def tensor_of_origin(self, value: fx.Node) -> fx.Node:
-        """A tensor written anew from what is written already, though it is a Dynamo node's result."""
+        """A tensor written anew from what is written already, even a Dynamo node's result."""
         if value in self.written:
             return self.written[value]
         if origin_of(value) is not self.before:
             return self.tensor(value)
         args = fx.node.map_arg(value.args, self.tensor_of_origin)
         kwargs = fx.node.map_arg(value.kwargs, self.tensor_of_origin)
-        target = operator.getitem if value.target is getitem else value.target
+        target: Any = operator.getitem if value.target is getitem else value.target
         result: fx.Node = self.call(target, *self._sized(args), **self._sized(kwargs))
         self.written[value] = result
         return result
@@ -233,13 +235,13 @@ class Emitter:
         shape = [self.size(_extent(dim)) for dim in wanted]
         return self.method("reshape", spread, shape)
 
-    def _permuted(
-        self, base: fx.Node, index: list[Index], target: Sequence[Index]
-    ) -> fx.Node:
+    def _permuted(self, base: fx.Node, index: list[Index], target: Sequence[Index]) -> fx.Node:
         """By transposing, dropping and adding dimensions of size 1, and expanding."""
         nothing = Index()
         free = [d for d, position in enumerate(index) if position == nothing]
-        missing = [t for t, position in enumerate(target) if position not in index or position == nothing]
+        missing = [
+            t for t, position in enumerate(target) if position not in index or position == nothing
+        ]
         while len(free) > len(missing):
             dim = free.pop()
             base = self.method("squeeze", base, dim)

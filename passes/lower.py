@@ -20,9 +20,8 @@ from adaattn_compiler.kernels.evaluate import evaluate_dense, positions, rank_of
 from adaattn_compiler.kernels.problem import Problem, Shape, Sizes
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_of
-from adaattn_compiler.passes.contraction import Spine
 from adaattn_compiler.passes.emit import Emitter
-from adaattn_compiler.passes.index_map import Axis, Digit, Index, NotAffine, divide
+from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
 from adaattn_compiler.passes.match import Refused
 from adaattn_compiler.passes.resample import distance_vector
 from adaattn_compiler.passes.site import Site
@@ -196,7 +195,7 @@ def _call(
     if site.scale_factor is not None:
         tensors[0] = emitter.call(_scaled, tensors[0], site, operands, sizes)
     attention = choice.kernel.build(problem)
-    result = emitter.call(attention, *tensors, operands, sizes)
+    result: fx.Node = emitter.call(attention, *tensors, operands, sizes)
     dtype = meta_of(site.output).dtype
     if dtype != problem.dtype:
         result = emitter.method("to", result, dtype)
@@ -244,7 +243,7 @@ def _replace(emitter: Emitter, site: Site, result: fx.Node) -> None:
 
 
 def _index_from(value: fx.Node, output: fx.Node) -> tuple[list[Axis], tuple[Index, ...]] | None:
-    """The index of the output's element that is each element of a view of it; None if it is none."""
+    """The output's index of each element of a view of it; None where it is no view."""
     axes = [Axis(f"y{d}", size) for d, size in enumerate(meta_of(value).shape)]
     access: Access | None = Access(value, tuple(Index.of_axis(axis) for axis in axes))
     while access is not None and access.node is not output:
@@ -287,9 +286,13 @@ def _assign(loops: dict[Axis, Index], position: Index, at: Index) -> None:
     """The product's index along one dimension is `at`: what that says of the axes in it."""
     left = at
     for digit, coef in sorted(position.terms, key=lambda t: sympy.default_sort_key(t[1])):
-        _, rest = divide(left, sympy.expand(coef * digit.extent)) if len(position.terms) > 1 else (
-            None,
-            left,
+        _, rest = (
+            divide(left, sympy.expand(coef * digit.extent))
+            if len(position.terms) > 1
+            else (
+                None,
+                left,
+            )
         )
         value, _ = divide(rest, coef)
         loops[digit.axis] = loops.get(digit.axis, Index()).plus(value.scaled(digit.div))
@@ -338,6 +341,3 @@ def _annotate(emitter: Emitter, origin: fx.Node) -> None:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in origin.meta:
                 node.meta.setdefault(key, origin.meta[key])
-
-
-__all__ = ["Digit", "Lowered", "Rewritten", "Spine", "check_uses", "lower", "problem_of"]

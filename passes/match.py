@@ -34,15 +34,15 @@ from adaattn_compiler.passes.contraction import (
     products_below,
     scores_accesses,
 )
-from adaattn_compiler.passes.element import ElementReader, as_number
+from adaattn_compiler.passes.element import as_number
 from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index, NotAffine
-from adaattn_compiler.passes.operands import Link, chosen_operand, operand_chain, plain_number
+from adaattn_compiler.passes.operands import Link, chosen_operand, operand_chain
 from adaattn_compiler.passes.score import RAW, ScoreParts, score_parts, without_row_statistics
 from adaattn_compiler.passes.sides import SideReader
 from adaattn_compiler.passes.site import Site
 from adaattn_compiler.passes.views import Access
 from adaattn_compiler.predicates import has_key_in_every_row, normalized, simplified
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, Refusal, S, Where, k, q
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, Refusal, Where, k, q
 
 aten = torch.ops.aten
 
@@ -99,14 +99,14 @@ def _numbered(found: list[Site | Refused]) -> list[Site | Refused]:
     return out
 
 
-def _attempt(view: CanonicalView, node: fx.Node, anchor: fx.Node, spelling: str, build: Any) -> Site | Refused:
+def _attempt(
+    view: CanonicalView, node: fx.Node, anchor: fx.Node, spelling: str, build: Any
+) -> Site | Refused:
     try:
         site: Site = build()
         return site
     except (Refusal, NotAffine) as refusal:
-        where = f" (at {refusal.node})" if getattr(refusal, "node", None) else ""
-        reason = refusal.reason if isinstance(refusal, Refusal) else str(refusal)
-        return Refused(module_path(anchor), spelling, reason + where, anchor)
+        return Refused(module_path(anchor), spelling, str(refusal), anchor)
 
 
 # -- products --------------------------------------------------------------------------------------
@@ -132,7 +132,9 @@ def _product_site(view: CanonicalView, node: fx.Node) -> Site | Refused | None:
         if below is None:
             continue
         softmax = below.softmax
-        if softmax.node not in view.live or not _runs_over(softmax.scores, softmax.dim, product.over):
+        if softmax.node not in view.live or not _runs_over(
+            softmax.scores, softmax.dim, product.over
+        ):
             continue
         loops = _Loops(batch[0] if batch else Axis("i0", ONE), query, product.over, value)
         return _attempt(
@@ -140,7 +142,9 @@ def _product_site(view: CanonicalView, node: fx.Node) -> Site | Refused | None:
             node,
             softmax.node,
             softmax.spelling,
-            lambda b=below, v=values, p=product, lo=loops: _manual_site(view, node, index, p, b, v, lo),
+            lambda b=below, v=values, p=product, lo=loops: _manual_site(
+                view, node, index, p, b, v, lo
+            ),
         )
     return None
 
@@ -539,7 +543,7 @@ def _unmatched(view: CanonicalView, anchors: set[fx.Node]) -> Iterator[Refused]:
             reason = (
                 "the softmax does not run over the axis that the product with V sums"
                 if blocker.target is aten.bmm.default
-                else f"{blocker.target} between the softmax and the product with V is not understood"
+                else f"{blocker.target} between softmax and the product with V is not understood"
             )
             yield Refused(module_path(node), "softmax", reason, node)
 
@@ -565,8 +569,7 @@ def _blocker(node: fx.Node, depth: int = 16) -> fx.Node | None:
         if below.target in (aten.bmm.default,):
             return first or below
         known = below.target in (aten._to_copy.default, aten.view.default, aten.expand.default)
-        pending.extend((user, first if known or first is not None else below) for user in below.users)
+        pending.extend(
+            (user, first if known or first is not None else below) for user in below.users
+        )
     return None
-
-
-__all__ = ["Refused", "match", "module_path", "plain_number", "S", "q"]

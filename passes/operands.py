@@ -116,9 +116,7 @@ def chosen_operand(
     return Operand(best.access, target), best.factor
 
 
-def is_direct(
-    index: Sequence[Index], sizes: Sequence[sympy.Expr], target: Sequence[Index]
-) -> bool:
+def is_direct(index: Sequence[Index], sizes: Sequence[sympy.Expr], target: Sequence[Index]) -> bool:
     """Whether each dimension is one of the wanted axes (or of size 1) and none occurs twice."""
     if any(p == Index() and size != 1 for p, size in zip(index, sizes, strict=True)):
         return False
@@ -130,7 +128,9 @@ def _is_whole(access: Access, target: Sequence[Index]) -> bool:
     """Whether each dimension is a mixed-radix number of digits of the wanted axes."""
     wanted = {digit for position in target for digit, _ in position.terms}
     try:
-        parts = [mixed_radix(p, s) for p, s in zip(access.index, meta_of(access.node).shape, strict=True)]
+        parts = [
+            mixed_radix(p, s) for p, s in zip(access.index, meta_of(access.node).shape, strict=True)
+        ]
     except NotAffine:
         return False
     flat = [digit for dim in parts for digit in dim]

@@ -30,8 +30,10 @@ log = logging.getLogger("adaattn_compiler")
 class Analysis:
     """A graph after the passes.
 
-    graph_module: the rewritten graph, or None where the original is to be used; results: what
-    became of each attention that was seen; assumes: inputs whose values the rewriting relies on; failure: why the whole graph was left alone;
+    graph_module: the rewritten graph, or None where the original is to be used.
+    results: what became of each attention that was seen.
+    assumes: inputs whose values the rewriting relies on.
+    failure: why the whole graph was left alone.
     seconds: time spent in each pass.
     """
 

@@ -28,18 +28,14 @@ from adaattn_compiler.spec import Refusal, b, h, k, q
 aten = torch.ops.aten
 
 
-def distance_vector(
-    emitter: Emitter, access: Access, axes: AttentionAxes, sizes: Sizes
-) -> fx.Node:
+def distance_vector(emitter: Emitter, access: Access, axes: AttentionAxes, sizes: Sizes) -> fx.Node:
     """[H, M+N-1]: the element at `access` for distance k - q = t - (M-1), t = 0, 1, ...
 
     Raises Refusal where an op on the way is not understood.
     """
     like = emitter.like()
     head = emitter.call(lambda x, s: arange(s.heads, x).reshape(-1, 1), like, sizes)
-    step = emitter.call(
-        lambda x, s: arange(s.rows + s.columns - 1, x) - (s.rows - 1), like, sizes
-    )
+    step = emitter.call(lambda x, s: arange(s.rows + s.columns - 1, x) - (s.rows - 1), like, sizes)
     row = emitter.call(lambda t: (-t).clamp(min=0), step)
     column = emitter.call(lambda t: t.clamp(min=0), step)
     sampler = _Sampler(emitter, axes, {h: head, q: row, k: column, b: 0})
@@ -83,7 +79,9 @@ class _Sampler:
             return self._arange(access)
         if node.target in _FILLED:
             return self.emitter.call(
-                lambda like: torch.full_like(like, _FILLED[node.target](arguments(node)), dtype=meta_of(node).dtype),
+                lambda like: torch.full_like(
+                    like, _FILLED[node.target](arguments(node)), dtype=meta_of(node).dtype
+                ),
                 self.places[q],
             )
         if node.target is aten.embedding.default:
@@ -100,7 +98,8 @@ class _Sampler:
 
         args = [operand(value) for value in node.args]
         kwargs = {key: operand(value) for key, value in node.kwargs.items()}
-        return self.emitter.call(node.target, *args, **kwargs)
+        target: Any = node.target
+        return self.emitter.call(target, *args, **kwargs)
 
     def _arange(self, access: Access) -> Any:
         named = arguments(access.node)

@@ -150,7 +150,9 @@ def without_row_statistics(score: sympy.Expr) -> sympy.Expr:
 def _unscaled(score: sympy.Expr) -> tuple[float, sympy.Expr, sympy.Expr]:
     """(scale, other factor, score over S)."""
     products = {
-        product for product in score.atoms(sympy.Mul) if RAW in product.args and not _nested(product)
+        product
+        for product in score.atoms(sympy.Mul)
+        if RAW in product.args and not _nested(product)
     }
     plain = score.subs({product: sympy.Dummy() for product in products}).has(RAW)
     factors = {sympy.Mul(*(a for a in product.args if a != RAW)) for product in products}
@@ -166,7 +168,7 @@ def _unscaled(score: sympy.Expr) -> tuple[float, sympy.Expr, sympy.Expr]:
         raise Refusal("scores multiplied by something that depends on the key")
     if not is_exact(factor) or factor.has(Where):
         raise Refusal("scores multiplied by something that is not understood")
-    replaced = score.xreplace({product: S for product in products}).xreplace({RAW: S})
+    replaced = score.xreplace(dict.fromkeys(products, S)).xreplace({RAW: S})
     return float(number), factor, replaced
 
 

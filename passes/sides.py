@@ -15,10 +15,10 @@ import sympy
 import torch
 from torch import fx
 
+from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.axes import AttentionAxes
 from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
 from adaattn_compiler.passes.contraction import Contraction, Spine
-from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.element import (
     ElementReader,
     RowStatistic,
@@ -31,7 +31,7 @@ from adaattn_compiler.passes.index_map import NotAffine
 from adaattn_compiler.passes.score import RAW, depends_on_distance_only, loads_are_thin
 from adaattn_compiler.passes.site import SideTensor
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access
-from adaattn_compiler.spec import Load, M, N, OperandSpec, POSITIONS, Where, h, k, param, q
+from adaattn_compiler.spec import POSITIONS, Load, M, N, OperandSpec, Where, h, k, param, q
 
 aten = torch.ops.aten
 
@@ -74,7 +74,9 @@ class SideReader(ElementReader):
         element = alpha * RAW
         if self.product.addend is not None:
             addend = self.product.addend
-            renamed = Access(addend.node, tuple(self.attention_axes.renamed(p) for p in addend.index))
+            renamed = Access(
+                addend.node, tuple(self.attention_axes.renamed(p) for p in addend.index)
+            )
             element = element + _plain(self.product.beta) * as_number(self.side(renamed))
         return element
 
@@ -150,8 +152,10 @@ class SideReader(ElementReader):
 
     def _operand_spec(self, side: SideTensor) -> OperandSpec:
         meta = meta_of(side.node)
-        kind = "bool" if meta.dtype == torch.bool else (
-            "float" if meta.dtype.is_floating_point else "int"
+        kind = (
+            "bool"
+            if meta.dtype == torch.bool
+            else ("float" if meta.dtype.is_floating_point else "int")
         )
         return OperandSpec(kind, 2 if side.distance is not None else meta.rank)
 

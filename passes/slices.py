@@ -11,7 +11,13 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
-from adaattn_compiler.passes.canonicalize import CanonicalView, getitem, meta_of, opaque, overwritten
+from adaattn_compiler.passes.canonicalize import (
+    CanonicalView,
+    getitem,
+    meta_of,
+    opaque,
+    overwritten,
+)
 from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index
 from adaattn_compiler.passes.site import Site
 from adaattn_compiler.spec import Refusal
@@ -99,14 +105,15 @@ class Resizing:
             places[digit] = torch.arange(shape[i]).reshape(shape)
         at = tuple(self._positions(position, places) for position in index)
         full = [self.digit_extent(digit) for digit in axes]
-        values = tensor[at].expand(full) if at else tensor.expand(full)
+        values: torch.Tensor = tensor[at].expand(full) if at else tensor.expand(full)
         out_shape = []
         for position in target:
             extent = 1
             for digit, _ in position.terms:
                 extent *= self.digit_extent(digit)
             out_shape.append(extent)
-        return values.reshape(out_shape)
+        result: torch.Tensor = values.reshape(out_shape)
+        return result
 
     def _positions(self, index: Index, places: Mapping[Digit, torch.Tensor]) -> torch.Tensor:
         """A dimension's positions, in terms of the digits of the target."""
@@ -133,7 +140,7 @@ def _outermost_first(index: Index) -> list[tuple[Digit, sympy.Expr]]:
 
 
 def _magnitude(coef: sympy.Expr) -> int:
-    return int(coef.subs({symbol: 1009 for symbol in coef.free_symbols}))
+    return int(coef.subs(dict.fromkeys(coef.free_symbols, 1009)))
 
 
 @dataclass(frozen=True)
@@ -149,15 +156,15 @@ class Slice:
         number = {node: i for i, node in enumerate((*self.leaves, *self.nodes))}
         lines = [f"{meta_of(leaf).shape}{meta_of(leaf).dtype}" for leaf in self.leaves]
         for node in self.nodes:
-            named = fx.node.map_arg((node.args, node.kwargs), lambda n: sympy.Symbol(f"n{number[n]}"))
+            named = fx.node.map_arg(
+                (node.args, node.kwargs), lambda n: sympy.Symbol(f"n{number[n]}")
+            )
             value = self.constants.get(node)
             content = "" if value is None else f"{value.shape}{value.data_ptr()}"
             lines.append(f"{node.target}{named}{content}")
         return "\n".join(lines)
 
-    def run(
-        self, leaves: Mapping[fx.Node, torch.Tensor], resizing: Resizing
-    ) -> dict[fx.Node, Any]:
+    def run(self, leaves: Mapping[fx.Node, torch.Tensor], resizing: Resizing) -> dict[fx.Node, Any]:
         """The value of each node, floats in float64, at the new sizes."""
         values: dict[fx.Node, Any] = dict(leaves)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -169,6 +176,8 @@ class Slice:
         if node in self.constants:
             constant = self.constants[node]
             return constant.double() if constant.is_floating_point() else constant
+        args: Any
+        kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.target is getitem:
             return args[0][args[1]]
@@ -314,7 +323,7 @@ def _sliced(node: fx.Node, args: Any, kwargs: Any, resizing: Resizing) -> torch.
     assert isinstance(source, fx.Node)
     old = meta_of(source).shape[named["dim"]]
     end = named["end"]
-    if end is None or sympy.sympify(end).is_Integer and end >= 2**62:
+    if end is None or (sympy.sympify(end).is_Integer and end >= 2**62):
         stop = None
     elif end == old:
         stop = tensor.shape[named["dim"]]
@@ -363,9 +372,8 @@ _SHAPED: dict[Any, Any] = {
     aten.arange.default: _ranged,
     aten.arange.start: _ranged,
     aten.arange.start_step: _ranged,
-    **{
-        target: _created
-        for target in (
+    **dict.fromkeys(
+        (
             aten.full.default,
             aten.ones.default,
             aten.zeros.default,
@@ -373,6 +381,7 @@ _SHAPED: dict[Any, Any] = {
             aten.new_ones.default,
             aten.new_zeros.default,
             aten.new_full.default,
-        )
-    },
+        ),
+        _created,
+    ),
 }

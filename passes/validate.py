@@ -70,7 +70,9 @@ def _disagreement(view: CanonicalView, site: Site, piece: Slice) -> str | None:
         try:
             return _compared(site, piece, resizing)
         except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            errors.append(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
     return f"the match could not be validated ({errors[0]})"
 
 
@@ -85,7 +87,10 @@ def _resizings(site: Site) -> list[Resizing]:
     rows = min(hints["M"], _SHORT_ROWS)
     columns = rows if sizes["M"] == sizes["N"] else min(hints["N"], _SHORT_COLUMNS)
     short = {**hints, "B": min(hints["B"], _SHORT_BATCH), "M": rows, "N": columns}
-    plans = [Resizing.to(sizes, hints, short), Resizing.to(sizes, hints, {**short, "B": hints["B"]})]
+    plans = [
+        Resizing.to(sizes, hints, short),
+        Resizing.to(sizes, hints, {**short, "B": hints["B"]}),
+    ]
     return [*plans, true] if scores <= _FEW_SCORES * 256 else plans
 
 
@@ -133,7 +138,10 @@ def _drawn(
     meta = meta_of(node)
     operand = next((o for o in (site.q, site.k, site.v) if o.access.node is node), None)
     shape = (
-        [resizing.extent(position, size) for position, size in zip(operand.access.index, meta.shape, strict=True)]
+        [
+            resizing.extent(position, size)
+            for position, size in zip(operand.access.index, meta.shape, strict=True)
+        ]
         if operand is not None
         else [resizing.number(size) for size in meta.shape]
     )
@@ -161,7 +169,7 @@ def _vector(
         site.axes.key: step.clamp(min=0),
     }
     index = tuple(_numbers(position, places) for position in side.distance.index)
-    return whole[index].expand(int(heads), rows + columns - 1)
+    return torch.as_tensor(whole[index]).expand(int(heads), rows + columns - 1)
 
 
 def _numbers(index: Index, places: dict[Any, torch.Tensor]) -> torch.Tensor:

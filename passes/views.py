@@ -55,9 +55,7 @@ def _same_index(access: Access, named: dict[str, Any]) -> Access:
 
 def _reshape(access: Access, named: dict[str, Any]) -> Access:
     source = named["self"]
-    return Access(
-        source, reshaped(access.index, meta_of(access.node).shape, meta_of(source).shape)
-    )
+    return Access(source, reshaped(access.index, meta_of(access.node).shape, meta_of(source).shape))
 
 
 def broadcast_access(access: Access, source: fx.Node) -> Access:
@@ -108,11 +106,15 @@ def _squeeze(access: Access, named: dict[str, Any]) -> Access:
     source = named["self"]
     shape = meta_of(source).shape
     dims = named.get("dim", range(len(shape)))
-    dropped = {wrapped_dim(d, len(shape)) for d in (dims if isinstance(dims, Sequence | range) else [dims])}
+    dropped = {
+        wrapped_dim(d, len(shape)) for d in (dims if isinstance(dims, Sequence | range) else [dims])
+    }
     rest = iter(access.index)
     return Access(
         source,
-        tuple(Index() if d in dropped and size == 1 else next(rest) for d, size in enumerate(shape)),
+        tuple(
+            Index() if d in dropped and size == 1 else next(rest) for d, size in enumerate(shape)
+        ),
     )
 
 
@@ -153,7 +155,9 @@ def _flip(access: Access, named: dict[str, Any]) -> Access:
     return Access(
         named["self"],
         tuple(
-            position.scaled(sympy.Integer(-1)).plus(Index.of_constant(size - 1)) if d in dims else position
+            position.scaled(sympy.Integer(-1)).plus(Index.of_constant(size - 1))
+            if d in dims
+            else position
             for d, (position, size) in enumerate(zip(access.index, shape, strict=True))
         ),
     )
