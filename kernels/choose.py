@@ -1,42 +1,129 @@
-"""Which kernel computes a problem."""
+"""Which kernel computes a problem: by its nature, by an estimate, or by measurement.
+
+Kernels that cannot take the problem say why. Among the others, those whose estimated cost is far
+above the least are left out, and so is whatever has to be compiled for a problem too small to repay
+it. Where more than one is left they run on random data of the problem's size, in turns, and the
+fastest is written to a table on disk (one small file for each problem, replaced atomically), so
+that each is measured once on a machine.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from dataclasses import dataclass
 
+from adaattn_compiler.kernels import ops
+from adaattn_compiler.kernels.flex import FlexKernel
+from adaattn_compiler.kernels.measure import measured
 from adaattn_compiler.kernels.problem import Kernel, Problem
 from adaattn_compiler.kernels.sdpa import SdpaKernel
+from adaattn_compiler.kernels.table import MeasurementTable
 from adaattn_compiler.options import Options
 from adaattn_compiler.spec import Refusal
+
+log = logging.getLogger("adaattn_compiler")
+
+# Estimates are trusted beyond this ratio.
+_SURELY_SLOWER = 6.0
+# Multiplications below which nothing is worth compiling for.
+_SMALL = 2.0e9
+
+# The op must be registered wherever a kernel may be chosen.
+OP = ops.attention
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel chosen and why."""
+    """The kernel chosen and why; times in seconds where kernels were measured."""
 
     kernel: Kernel
     why: str
+    times: tuple[tuple[str, float], ...] = ()
 
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel there is."""
-    return (SdpaKernel(),)
+    return (SdpaKernel(), FlexKernel())
 
 
 def choose(problem: Problem, options: Options) -> Choice:
     """The best kernel for a problem; Refusal, with each kernel's reason, where none can take it."""
+    able = _able(problem, options)
+    if len(able) == 1:
+        return _built(able, problem, "the only one that can")
+    costs = {kernel: kernel.cost(problem) for kernel in able}
+    able.sort(key=lambda kernel: costs[kernel])
+    ready = [kernel for kernel in able if kernel.name == "sdpa"]
+    if ready and costs[ready[0]] < _SMALL:
+        return Choice(ready[0], "too small to compile for")
+    near = [kernel for kernel in able if costs[kernel] <= _SURELY_SLOWER * costs[able[0]]]
+    if len(near) == 1 or not options.measure:
+        return _built(able, problem, "least cost by estimate")
+    return _fastest(near, problem, options)
+
+
+def _able(problem: Problem, options: Options) -> list[Kernel]:
     reasons: list[str] = []
     able: list[Kernel] = []
     for kernel in kernels():
-        if kernel.name not in options.kernels:
-            reasons.append(f"{kernel.name}: not allowed by the options")
-            continue
-        reason = kernel.refusal(problem)
+        reason = (
+            kernel.refusal(problem)
+            if kernel.name in options.kernels
+            else "not allowed by the options"
+        )
         if reason is None:
             able.append(kernel)
         else:
             reasons.append(f"{kernel.name}: {reason}")
     if not able:
         raise Refusal("no kernel can take it (" + "; ".join(reasons) + ")")
-    best = min(able, key=lambda kernel: kernel.cost(problem))
-    return Choice(best, "the only one" if len(able) == 1 else "least cost by estimate")
+    return able
+
+
+def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:
+    """The first kernel that can be built."""
+    failures: list[str] = []
+    for kernel in able:
+        try:
+            kernel.build(problem)
+        except Exception as error:
+            log.warning("kernel %s could not be built: %s", kernel.name, _first_line(error))
+            log.debug("where it failed", exc_info=True)
+            failures.append(f"{kernel.name} could not be built: {_first_line(error)}")
+            continue
+        return Choice(kernel, why if not failures else "; ".join(failures))
+    raise Refusal("; ".join(failures))
+
+
+def _fastest(near: list[Kernel], problem: Problem, options: Options) -> Choice:
+    table = MeasurementTable(options.cache_dir)
+    key = _key(near, problem)
+    times = table.get(key)
+    if times is None:
+        times = measured(near, problem)
+        if times:
+            table.put(key, times)
+    if not times:
+        return _built(near, problem, "least cost by estimate")
+    order = sorted(near, key=lambda kernel: times.get(kernel.name, float("inf")))
+    others = ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in sorted(times.items(), key=lambda i: i[1]))
+    choice = _built(order, problem, f"measured: {others}")
+    return Choice(choice.kernel, choice.why, tuple(sorted(times.items())))
+
+
+def _key(near: list[Kernel], problem: Problem) -> str:
+    """What a measurement holds for: the spec, sizes to a power of two, dtype, kernels, machine."""
+    shape = problem.shape
+    sizes = (
+        *(1 << max(hint - 1, 0).bit_length() for hint in shape.hints),
+        *(shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim),
+    )
+    names = sorted(kernel.name for kernel in near)
+    text = repr((problem.spec.key(), sizes, str(problem.dtype), problem.device, names))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

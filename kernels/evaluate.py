@@ -109,6 +109,20 @@ _RELATIONS: dict[Any, Callable[[Any, Any], Any]] = {
 }
 
 
+def is_printable(expression: Any) -> bool:
+    """Whether `evaluate` has a form for every part of an expression."""
+    if expression in (sympy.true, sympy.false) or expression.is_Symbol or expression.is_number:
+        return True
+    known = (Load, Where, sympy.floor, Relational)
+    if isinstance(expression, sympy.Pow):
+        return expression.exp == -1 or bool(
+            expression.exp.is_Integer and 1 < expression.exp <= 4 and is_printable(expression.base)
+        )
+    if not isinstance(expression, known) and expression.func not in _FUNCTIONS:
+        return False
+    return all(is_printable(arg) for arg in expression.args)
+
+
 # -- whole tensors ---------------------------------------------------------------------------------
 
 

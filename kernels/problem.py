@@ -38,13 +38,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention to lower: q [B,H,M,D], k [B,G,N,D], v [B,G,N,E] of one dtype."""
+    """One attention to lower: q [B,H,M,D], k [B,G,N,D], v [B,G,N,E] of one dtype.
+
+    operand_shapes and param_hints: sizes of the spec's operands and its run-time integers, as seen
+    when compiling.
+    """
 
     spec: AttentionSpec
     shape: Shape
     dtype: torch.dtype
     device: str
     requires_grad: bool
+    operand_shapes: tuple[tuple[int, ...], ...] = ()
+    param_hints: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
 from adaattn_compiler.passes.match import Refused
 from adaattn_compiler.passes.resample import distance_vector
-from adaattn_compiler.passes.site import Site
+from adaattn_compiler.passes.site import SideTensor, Site
 from adaattn_compiler.passes.views import Access, input_access
 from adaattn_compiler.spec import Refusal
 
@@ -158,7 +158,22 @@ def problem_of(site: Site) -> Problem:
     )
     dtypes = [meta_of(node).dtype for node in (q_node, site.k.access.node, v_node)]
     dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
-    return Problem(site.spec, shape, dtype, meta_of(q_node).device.type, site.requires_grad)
+    return Problem(
+        site.spec,
+        shape,
+        dtype,
+        meta_of(q_node).device.type,
+        site.requires_grad,
+        tuple(_side_shape(side, site) for side in site.sides),
+        tuple(_hint(value, site) for value in site.params),
+    )
+
+
+def _side_shape(side: SideTensor, site: Site) -> tuple[int, ...]:
+    if side.distance is None:
+        return tuple(_hint(size, site) for size in meta_of(side.node).shape)
+    sizes = site.sizes
+    return _hint(sizes["H"], site), _hint(sizes["M"] + sizes["N"] - 1, site)
 
 
 def _hint(size: sympy.Expr, site: Site) -> int:

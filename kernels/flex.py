@@ -1,0 +1,329 @@
+"""flex_attention on the CPU as a kernel: block-sparse, with the score computed as it goes.
+
+A spec's mask gives the block lists (blocks without a key cost nothing, full ones no masking), its
+score becomes the score_mod. Nothing of size M x N exists. A sink is one more key of zeros, with a
+zero value, whose score is the sink's. Inference only: the CPU kernel has no backward.
+
+Source: Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention
+Kernels", 2024.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from adaattn_compiler.kernels.blocks import block_lists, block_structure, density
+from adaattn_compiler.kernels.evaluate import evaluate, evaluate_dense, is_printable, positions
+from adaattn_compiler.kernels.flex_inductor import FlexConfig, compile_flex, read_table
+from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, Where, b, h, k, param, q
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rows and columns of a block of the mask.
+_BLOCK = (128, 128)
+# Block lists kept for this many different lengths.
+_KEPT_LENGTHS = 16
+# Time per unit of work beside SDPA's own, where nothing was measured: the template's products are
+# slower than SDPA's, most of all in half precision.
+_SLOWER = {torch.float32: 1.3, torch.bfloat16: 3.0, torch.float16: 3.0}
+
+
+@dataclass(frozen=True)
+class FlexKernel:
+    """See the module's docstring."""
+
+    name: str = "flex"
+
+    def refusal(self, problem: Problem) -> str | None:
+        spec = problem.spec
+        if problem.device != "cpu":
+            return "only on the CPU"
+        if problem.requires_grad:
+            return "flex_attention has no backward on the CPU"
+        if spec.dropout_p > 0:
+            return "flex_attention has no dropout"
+        if problem.dtype not in _DTYPES:
+            return f"not for {problem.dtype}"
+        for expression in (spec.score, spec.mask, spec.sink):
+            if expression is not None and not is_printable(expression):
+                return f"no code for {expression}"
+        return None
+
+    def cost(self, problem: Problem) -> float:
+        """Attended blocks only."""
+        shape, spec = problem.shape, problem.spec
+        batch, rows, columns = shape.hints
+        work = 2.0 * batch * shape.heads * rows * columns * (shape.head_dim + shape.value_dim)
+        attended = density(block_structure(spec.mask, rows, columns, *_BLOCK, problem.param_hints))
+        return work * attended * _SLOWER[problem.dtype]
+
+    def build(self, problem: Problem) -> Attention:
+        plan = plan_of(problem)
+        runner_of(plan)  # compiled now: a failure must be known before the graph is written
+
+        def attention(
+            q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
+        ) -> Any:
+            return torch.ops.adaattn.attention(
+                q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), plan
+            )
+
+        return attention
+
+
+def plan_of(problem: Problem) -> str:
+    """A problem as text from which its runner can be made anew in any process."""
+    shape = problem.shape
+    return repr(
+        {
+            "kernel": "flex",
+            "spec": problem.spec.serialize(),
+            "dtype": str(problem.dtype).removeprefix("torch."),
+            "sizes": (shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim),
+            "block": _BLOCK,
+        }
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def runner_of(plan: str) -> FlexRunner:
+    """The runner of a plan, compiled once for a process. Raises what the compilation raises."""
+    fields = ast.literal_eval(plan)
+    heads, kv_heads, head_dim, value_dim = fields["sizes"]
+    spec = AttentionSpec.deserialize(fields["spec"])
+    dtype = getattr(torch, fields["dtype"])
+    config = FlexConfig(
+        dtype, heads, kv_heads, head_dim, value_dim, spec.scale, tuple(fields["block"])
+    )
+    return FlexRunner(spec, config)
+
+
+# -- what the modifiers read -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Table:
+    """An operand, its axes that are read at 0 dropped, flat."""
+
+    operand: int
+    index: tuple[sympy.Expr, ...]
+
+    def of(self, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+        tensor = operands[self.operand]
+        return tensor[tuple(0 if i == 0 else slice(None) for i in self.index)].contiguous()
+
+    @property
+    def places(self) -> tuple[sympy.Expr, ...]:
+        """The index without what was dropped."""
+        return tuple(i for i in self.index if i != 0)
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """All that an expression reads: tables by load, and sizes."""
+
+    tables: tuple[_Table, ...]
+    sizes: tuple[sympy.Symbol, ...]
+
+    @staticmethod
+    def of(expression: Any) -> _Reads:
+        loads = sorted(expression.atoms(Load), key=str)
+        tables = {_Table(int(load.args[0]), load.args[1:]): None for load in loads}
+        sizes = sorted(expression.free_symbols - {b, h, q, k, S}, key=str)
+        return _Reads(tuple(tables), tuple(sizes))
+
+    def operands(self, kinds: Sequence[torch.dtype]) -> list[tuple[torch.dtype, int]]:
+        """(dtype, rank) of what `values` gives: each table flat with its strides, then the sizes."""
+        out: list[tuple[torch.dtype, int]] = []
+        for table in self.tables:
+            out.append((kinds[table.operand], min(len(table.places), 1)))
+            out += [(torch.int64, 0)] * max(len(table.places) - 1, 0)
+        return out + [(torch.int64, 0)] * len(self.sizes)
+
+    def values(
+        self, operands: Sequence[torch.Tensor], sizes: dict[sympy.Symbol, int]
+    ) -> list[torch.Tensor]:
+        out: list[torch.Tensor] = []
+        for table in self.tables:
+            tensor = table.of(operands)
+            out.append(tensor.reshape(-1) if tensor.dim() else tensor)
+            out += [torch.tensor(stride) for stride in tensor.stride()[:-1]]
+        return out + [torch.tensor(sizes[symbol]) for symbol in self.sizes]
+
+    def modifier(self, expression: Any) -> Callable[..., Any]:
+        """The expression as a function of (positions and S) and what `values` gives."""
+
+        def modified(given: dict[sympy.Symbol, Any], captured: Sequence[Any]) -> Any:
+            tables: dict[_Table, tuple[Any, list[Any]]] = {}
+            rest = list(captured)
+            for table in self.tables:
+                flat = rest.pop(0)
+                strides = [rest.pop(0) for _ in range(max(len(table.places) - 1, 0))]
+                tables[table] = (flat, strides)
+            values = {**given, **dict(zip(self.sizes, rest, strict=False))}
+
+            def load(number: int, index: tuple[sympy.Expr, ...]) -> Any:
+                table = _Table(number, index)
+                flat, strides = tables[table]
+                if not table.places:
+                    return flat
+                places = [evaluate(place, values, load) for place in table.places]
+                at = places[-1]
+                for place, stride in zip(places[:-1], strides, strict=True):
+                    at = at + place * stride
+                return read_table(flat, at)
+
+            return evaluate(expression, values, load)
+
+        return modified
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+class FlexRunner:
+    """A compiled kernel with the block lists of the lengths that it has met."""
+
+    def __init__(self, spec: AttentionSpec, config: FlexConfig) -> None:
+        self.spec = spec
+        self.config = config
+        self._mask, self._score = _with_sink_column(spec)
+        self._mask_reads, self._score_reads = _Reads.of(self._mask), _Reads.of(self._score)
+        kinds = [_STORED[operand.kind] for operand in spec.operands]
+        mask_mod = self._mask_reads.modifier(self._mask)
+        score_mod = self._score_reads.modifier(self._score)
+        self._call = compile_flex(
+            config,
+            lambda score, b_, h_, q_, k_, *captured: score_mod(
+                {S: score, b: b_, h: h_, q: q_, k: k_}, captured
+            ),
+            lambda b_, h_, q_, k_, *captured: _truth(
+                mask_mod({b: b_, h: h_, q: q_, k: k_}, captured), q_
+            ),
+            self._score_reads.operands(kinds),
+            self._mask_reads.operands(kinds),
+        )
+        self._lists: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        q_BHMD: torch.Tensor,
+        k_BGND: torch.Tensor,
+        v_BGNE: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+    ) -> torch.Tensor:
+        """[B,H,M,E], laid out as [B,M,H,E]."""
+        spec = self.spec
+        stored = [
+            operand.to(_STORED[kind.kind]) for operand, kind in zip(operands, spec.operands, strict=True)
+        ]
+        if spec.sink is not None:
+            k_BGND, v_BGNE = (_with_zero_row(t) for t in (k_BGND, v_BGNE))
+        rows, columns = q_BHMD.shape[2], k_BGND.shape[2]
+        sizes = {M: rows, N: columns, **{param(i): value for i, value in enumerate(params)}}
+        out = self._call(
+            [
+                *(_with_unit_stride(t) for t in (q_BHMD, k_BGND, v_BGNE)),
+                *self._block_lists(rows, columns, tuple(params)),
+                *self._score_reads.values(stored, sizes),
+                *self._mask_reads.values(stored, sizes),
+            ]
+        )
+        return _with_empty_rows(out, q_BHMD, v_BGNE, stored, params, spec)
+
+    def _block_lists(
+        self, rows: int, columns: int, params: tuple[int, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        key = (rows, columns, *params)
+        with self._lock:
+            lists = self._lists.get(key)
+        if lists is None:
+            structure = block_structure(self._mask, rows, columns, *self.config.block, params)
+            lists = block_lists(structure)
+            with self._lock:
+                while len(self._lists) >= _KEPT_LENGTHS:
+                    del self._lists[next(iter(self._lists))]
+                self._lists[key] = lists
+        return lists
+
+
+# How operands of each kind are stored for the kernel.
+_STORED = {"bool": torch.bool, "int": torch.int64, "float": torch.float32}
+
+
+def _with_sink_column(spec: AttentionSpec) -> tuple[Any, Any]:
+    """(mask, score) over the keys and, where there is a sink, one column more that is the sink.
+
+    N is then the number of columns, one more than that of the keys.
+    """
+    if spec.sink is None:
+        return spec.mask, spec.score
+    at_sink = sympy.Ge(k, N - 1)
+    mask, score, sink = (e.subs(N, N - 1) for e in (spec.mask, spec.score, spec.sink))
+    return sympy.Or(at_sink, mask), Where(at_sink, sink, score)
+
+
+def _truth(value: Any, like: Any) -> Any:
+    """A modifier's condition as a tensor."""
+    return like >= 0 if value is True else like < 0 if value is False else value
+
+
+def _with_zero_row(tensor: torch.Tensor) -> torch.Tensor:
+    batch, heads, _, dim = tensor.shape
+    return torch.cat([tensor, tensor.new_zeros(batch, heads, 1, dim)], 2)
+
+
+def _with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _with_empty_rows(
+    out: torch.Tensor,
+    like: torch.Tensor,
+    v_BGNE: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """Rows without a key, which the kernel leaves 0, as the spec has them."""
+    if spec.empty_row in (EmptyRow.IMPOSSIBLE, EmptyRow.ZERO):
+        return out
+    batch, heads, rows, _ = out.shape
+    empty = ~_has_key(spec, like, (batch, heads, rows, v_BGNE.shape[2]), operands, params)
+    if not bool(empty.any()):
+        return out
+    if spec.empty_row is EmptyRow.NAN:
+        return out.masked_fill(empty, float("nan"))
+    mean = v_BGNE.mean(2, keepdim=True).repeat_interleave(spec.group, 1)
+    return torch.where(empty, mean, out)
+
+
+def _has_key(
+    spec: AttentionSpec,
+    like: torch.Tensor,
+    sizes: tuple[int, int, int, int],
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    strip: int = 256,
+) -> torch.Tensor:
+    """Whether each row has a key, [B|1,H|1,M,1], the mask being looked at strip by strip."""
+    values = positions((spec.mask,), like, sizes)
+    every = values.get(q)
+    if every is None:
+        mask = evaluate_dense(spec.mask, values, operands, params)
+        return torch.as_tensor(mask).any(-1, keepdim=True)
+    strips = []
+    for start in range(0, sizes[2], strip):
+        values[q] = every[start : start + strip]
+        strips.append(evaluate_dense(spec.mask, values, operands, params).any(-1, keepdim=True))
+    return torch.cat(strips, -2)

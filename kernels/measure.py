@@ -1,0 +1,84 @@
+"""Letting kernels compete on random data."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from adaattn_compiler.kernels.problem import Kernel, Problem, Sizes
+
+log = logging.getLogger("adaattn_compiler")
+
+# Rounds in which each kernel runs once; fewer where they take long.
+_ROUNDS = 5
+_MOST_SECONDS = 1.5
+
+
+def measured(kernels: Sequence[Kernel], problem: Problem) -> dict[str, float]:
+    """Median seconds of one call by kernel name, run in turns; kernels that fail are left out."""
+    calls = {kernel.name: _call(kernel, problem) for kernel in kernels}
+    able = {name: call for name, call in calls.items() if call is not None}
+    with torch.no_grad():
+        for name in list(able):
+            if not _works(name, able[name]):
+                del able[name]
+        return _in_turns(able)
+
+
+def _works(name: str, call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except Exception as error:
+        log.warning("kernel %s fails on random data: %r", name, error)
+        return False
+    return True
+
+
+def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for turn in range(_ROUNDS):
+        order = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        for name in order:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+        if time.perf_counter() - begin > _MOST_SECONDS:
+            break
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _call(kernel: Kernel, problem: Problem) -> Callable[[], object] | None:
+    try:
+        attention = kernel.build(problem)
+    except Exception as error:
+        log.warning("kernel %s could not be built: %r", kernel.name, error)
+        return None
+    shape = problem.shape
+    batch, rows, columns = shape.hints
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int, length: int, dim: int) -> torch.Tensor:
+        data = torch.randn(batch, length, heads, dim, generator=generator)
+        return data.transpose(1, 2).to(problem.dtype)
+
+    q = random(shape.heads, rows, shape.head_dim)
+    k = random(shape.kv_heads, columns, shape.head_dim)
+    v = random(shape.kv_heads, columns, shape.value_dim)
+    operands = [
+        _operand(kind.kind, sizes, generator)
+        for kind, sizes in zip(problem.spec.operands, problem.operand_shapes, strict=True)
+    ]
+    sizes = Sizes(batch, shape.heads, rows, columns, problem.param_hints)
+    return lambda: attention(q, k, v, operands, sizes)
+
+
+def _operand(kind: str, sizes: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if kind == "float":
+        return torch.randn(sizes, generator=generator)
+    ones = torch.ones(sizes, dtype=torch.bool if kind == "bool" else torch.int64)
+    return ones

@@ -1,0 +1,49 @@
+"""`adaattn::attention`: one op for every kernel of ours, its plan a string.
+
+The plan says which kernel and for what, in full, so that a graph that holds the op runs in any
+process (and from any of torch's caches): what is not there yet is built when first called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from adaattn_compiler.kernels.flex import runner_of
+from adaattn_compiler.kernels.reference import reference_attention
+
+
+@torch.library.custom_op("adaattn::attention", mutates_args=(), device_types="cpu")
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    plan: str,
+) -> torch.Tensor:
+    """Attention of q [B,H,M,D], k [B,G,N,D] and v [B,G,N,E] as a plan says: [B,H,M,E].
+
+    operands and params are those of the plan's spec. Returns memory laid out as [B,M,H,E].
+    Raises ValueError for text that is no plan. Has no gradient.
+    """
+    runner = runner_of(plan)
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        out = reference_attention(q, k, v, operands, params, runner.spec)
+    else:
+        out = runner(q, k, v, operands, params)
+    # As the fake says it lies, and no alias of an input.
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _fake_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    plan: str,
+) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
