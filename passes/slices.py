@@ -25,6 +25,13 @@ from adaattn_compiler.spec import Refusal
 aten = torch.ops.aten
 
 
+def size_hint(size: sympy.Expr, fake: Any) -> int:
+    """The value that a symbolic size had when it was captured; adds no guard."""
+    shape_env = fake.fake_mode.shape_env
+    hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # torch < 2.12
+    return int(hint(size))
+
+
 @dataclass(frozen=True)
 class Resizing:
     """New values for the sizes of a site: B, M and N, and the shape symbols in them.
@@ -186,6 +193,10 @@ class Slice:
         args = tuple(_doubled(arg, resizing) for arg in args)
         kwargs = {key: _doubled(value, resizing) for key, value in kwargs.items()}
         kwargs.pop("device", None)
+        if node.target is aten.scaled_dot_product_attention.default:
+            q, k, v, mask, _, is_causal = (*args, *_SDPA_DEFAULTS[len(args) :])
+            named = {"attn_mask": mask, "is_causal": is_causal, **kwargs, "dropout_p": 0.0}
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **named)
         if node.target is aten._softmax.default:
             return torch.softmax(args[0], args[1])
         if node.target is aten._log_softmax.default:
@@ -222,6 +233,10 @@ def slice_above(view: CanonicalView, site: Site) -> Slice:
     nodes = tuple(sorted(needed, key=order.__getitem__))
     leaves.sort(key=order.__getitem__)
     return Slice(nodes, tuple(leaves), constants)
+
+
+# Of q, k, v, attn_mask, dropout_p and is_causal, which may all be given by position.
+_SDPA_DEFAULTS = (None, None, None, None, 0.0, False)
 
 
 # -- calls that name sizes -------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Index
 from adaattn_compiler.passes.match import Refused
 from adaattn_compiler.passes.site import Operand, Site
-from adaattn_compiler.passes.slices import Resizing, Slice, slice_above
+from adaattn_compiler.passes.slices import Resizing, Slice, size_hint, slice_above
 from adaattn_compiler.spec import Refusal
 
 # Scores up to this many are computed as they are; more are made fewer by shorter lengths.
@@ -97,7 +97,7 @@ def _resizings(site: Site) -> list[Resizing]:
 def _hint(size: sympy.Expr, site: Site) -> int:
     if size.is_Integer:
         return int(size)
-    return int(site.q.access.node.meta["fake"].fake_mode.shape_env.size_hint(size))
+    return size_hint(size, site.q.access.node.meta["fake"])
 
 
 def _compared(site: Site, piece: Slice, resizing: Resizing) -> str | None:
