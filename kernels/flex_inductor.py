@@ -157,9 +157,10 @@ def _example(
     batch, rows, columns = sizes.size(3), sizes.size(1031), sizes.size(1153)
 
     def operand(heads: int, length: Any, dim: int) -> Any:
-        hint = int(length.node.hint)
-        # As if [B,N,H,D] lay in memory: the result is laid out like Q.
-        strides = (sizes.size(hint * heads * dim), sizes.size(dim), sizes.size(heads * dim), 1)
+        # As if [B,N,H,D] lay in memory (the result is laid out like Q), with gaps: were it dense,
+        # its strides would be taken for products of its sizes.
+        row = heads * dim + 24
+        strides = (sizes.size(int(length.node.hint) * row + 40), sizes.size(dim + 8), sizes.size(row), 1)
         return sizes.tensor((batch, heads, length, dim), strides, config.dtype)
 
     mask_batch, mask_heads = sizes.size(5), sizes.size(7)

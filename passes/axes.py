@@ -135,9 +135,9 @@ def attention_axes(
     leading = row_atoms[:-1]
     if leading and _is_group(leading, query_digits):
         group_atoms, row_atoms = [*group_atoms, *leading], row_atoms[-1:]
-    # With more than one atom the last is the head; a single one is the head of a group if there
-    # is a group, else the batch (a layout that folds batch and heads and never parts them).
-    has_head = len(kv_atoms) > 1 or bool(group_atoms)
+    # With more than one atom the last is the head. A single one is the head too (batch size 1, or a
+    # layout that folds both and never parts them), unless its size is only known at run time.
+    has_head = len(kv_atoms) > 1 or bool(group_atoms) or _product(kv_atoms).is_Integer
     batch_part = kv_atoms[:-1] if has_head else kv_atoms
     head_part = [*kv_atoms[-1:], *group_atoms] if has_head else []
     group = _product(group_atoms)
