@@ -23,6 +23,7 @@ from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
 from adaattn_compiler.passes.match import Refused
+from adaattn_compiler.passes.protect import protect
 from adaattn_compiler.passes.resample import distance_vector
 from adaattn_compiler.passes.site import SideTensor, Site
 from adaattn_compiler.passes.views import Access, input_access
@@ -91,10 +92,12 @@ def lower(
             results.append(item)
             continue
         results.append(_lowered(view, tracer, copies, item, options, memo))
-    lowered = [result for result in results if isinstance(result, Lowered)]
-    if not lowered:
+    sites = [result.site for result in results if isinstance(result, Lowered)]
+    live = view.live_without({site.output: _inputs(site) for site in sites})
+    protected = protect(view, tracer, copies, live)
+    if not sites and not protected:
         return Rewritten(None, tuple(results))
-    _erase_dead(view, graph, copies, [result.site for result in lowered])
+    _erase_dead(view, graph, copies, live)
     graph.lint()
     rewritten = fx.GraphModule(graph_module, graph)
     rewritten.meta = dict(graph_module.meta)
@@ -331,10 +334,12 @@ def _canonical(site: Site, axis: Axis, loops: dict[Axis, Index]) -> Index:
 
 
 def _erase_dead(
-    view: CanonicalView, graph: fx.Graph, copies: dict[fx.Node, fx.Node], sites: Sequence[Site]
+    view: CanonicalView,
+    graph: fx.Graph,
+    copies: dict[fx.Node, fx.Node],
+    live: frozenset[fx.Node],
 ) -> None:
     """Erase the calls that only the replaced attentions needed."""
-    live = view.live_without({site.output: _inputs(site) for site in sites})
     needed = {origin_of(node) for node in live if "origin" in node.meta}
     recorded = {origin_of(node) for node in view.graph.nodes if "origin" in node.meta}
     for dynamo in reversed(list(copies)):
