@@ -71,9 +71,13 @@ def _from_environment() -> dict[str, Any]:
     """The environment's settings; the only place that reads it."""
     found: dict[str, Any] = {}
     for name in Options.names():
-        text = os.environ.get(f"ADAATTN_{name.upper()}")
-        if text is not None:
-            found[name] = _checked(name, _parsed(name, text))
+        variable = f"ADAATTN_{name.upper()}"
+        text = os.environ.get(variable)
+        if text:
+            try:
+                found[name] = _checked(name, _parsed(name, text))
+            except ValueError as error:
+                raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
     return found
 
 
@@ -81,7 +85,7 @@ def _parsed(name: str, text: str) -> Any:
     if name in ("enabled", "validate", "measure"):
         words = {"1": True, "true": True, "0": False, "false": False}
         if text.lower() not in words:
-            raise ValueError(f"ADAATTN_{name.upper()}={text!r}: it must be 0 or 1")
+            raise ValueError("it must be 0 or 1")
         return words[text.lower()]
     if name == "kernels":
         return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -95,11 +99,13 @@ def _checked(key: str, value: Any) -> Any:
             raise ValueError(f"option {key}={value!r}: it must be True or False")
         return value
     if key == "kernels":
-        names = (value,) if isinstance(value, str) else tuple(value)
-        unknown = [name for name in names if name not in _KNOWN_KERNELS]
-        if unknown:
-            raise ValueError(f"option kernels={value!r}: known are {', '.join(_KNOWN_KERNELS)}")
-        return names
+        names = (value,) if isinstance(value, str) else value
+        known = ", ".join(_KNOWN_KERNELS)
+        if not isinstance(names, (tuple, list)) or not names:
+            raise ValueError(f"option kernels={value!r}: it must name kernels; known are {known}")
+        if any(name not in _KNOWN_KERNELS for name in names):
+            raise ValueError(f"option kernels={value!r}: known are {known}")
+        return tuple(names)
     if value is None and key == "dump_dir":
         return None
     if not isinstance(value, (str, os.PathLike)):

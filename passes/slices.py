@@ -25,31 +25,37 @@ from adaattn_compiler.spec import Refusal
 aten = torch.ops.aten
 
 
-def size_hint(size: sympy.Expr, fake: Any) -> int:
-    """The value that a symbolic size had when it was captured; adds no guard."""
+def size_hint(size: sympy.Expr, fake: Any) -> Any:
+    """The value that a symbolic size or number had when it was captured; adds no guard."""
     shape_env = fake.fake_mode.shape_env
-    hint = getattr(shape_env, "optimization_hint", None) or shape_env.size_hint  # torch < 2.12
-    return int(hint(size))
+    values = getattr(shape_env, "backed_var_to_val", None)
+    if values is None:  # torch 2.11
+        values = shape_env.var_to_val
+    value = size.subs(values)
+    if value.free_symbols:
+        raise ValueError(f"{size} was not known when it was captured")
+    return int(value) if value.is_Integer else float(value)
 
 
 @dataclass(frozen=True)
 class Resizing:
     """New values for the sizes of a site: B, M and N, and the shape symbols in them.
 
-    old, new: by name; symbols: values of shape symbols; axes: new sizes of loop axes by name.
+    old, new: by name; symbols: values of shape symbols; fake: a tensor whose shape environment
+    knows what other symbols were when captured (a mask may have a length of its own).
     """
 
     old: Mapping[str, int]
     new: Mapping[str, int]
     symbols: Mapping[sympy.Symbol, int]
-
-    @staticmethod
-    def identity(sizes: Mapping[str, sympy.Expr], hints: Mapping[str, int]) -> Resizing:
-        return Resizing.to(sizes, hints, hints)
+    fake: Any = None
 
     @staticmethod
     def to(
-        sizes: Mapping[str, sympy.Expr], hints: Mapping[str, int], new: Mapping[str, int]
+        sizes: Mapping[str, sympy.Expr],
+        hints: Mapping[str, int],
+        new: Mapping[str, int],
+        fake: Any = None,
     ) -> Resizing:
         """hints are the sizes as captured; new the ones to run at."""
         symbols: dict[sympy.Symbol, int] = {}
@@ -58,20 +64,39 @@ class Resizing:
             if len(free) == 1:
                 solutions = sympy.solve(sizes[name].subs(symbols) - new[name], free[0])
                 symbols[free[0]] = int(solutions[0]) if solutions else new[name]
-        return Resizing(dict(hints), dict(new), symbols)
+        return Resizing(dict(hints), dict(new), symbols, fake)
 
     def number(self, size: Any) -> int:
         """A size in a call: symbols by value, a number that is one of the old sizes by the new."""
         size = sympy.sympify(size)
         if not size.is_Integer:
-            value = size.subs(self.symbols)
+            value = self.value(size)
             if not value.is_Integer:
                 raise ValueError(f"size {size} has no value here")
             return int(value)
+        return self._renamed(int(size))
+
+    def value(self, expression: sympy.Expr) -> sympy.Expr:
+        """An expression with values for its symbols."""
+        others = expression.free_symbols - self.symbols.keys()
+        known = {symbol: self._other(symbol) for symbol in others} if self.fake is not None else {}
+        return expression.subs({**self.symbols, **known})
+
+    def scalar(self, expression: sympy.Expr) -> int | float:
+        """An expression's value as a Python number."""
+        value = self.value(expression)
+        return int(value) if value.is_Integer else float(value)
+
+    def _other(self, symbol: sympy.Symbol) -> int | float:
+        """A symbol that is no size of the site's: what it was, or the new size of what it was."""
+        hint = size_hint(symbol, self.fake)
+        return self._renamed(hint) if isinstance(hint, int) else float(hint)
+
+    def _renamed(self, size: int) -> int:
         for name in ("M", "N", "B"):
-            if int(size) == self.old[name] and self.old[name] > 1:
+            if size == self.old[name] and self.old[name] > 1:
                 return self.new[name]
-        return int(size)
+        return size
 
     def axis_size(self, axis: Axis) -> int:
         """The new size of a canonical axis; others keep theirs."""
@@ -124,7 +149,7 @@ class Resizing:
 
     def _positions(self, index: Index, places: Mapping[Digit, torch.Tensor]) -> torch.Tensor:
         """A dimension's positions, in terms of the digits of the target."""
-        total: Any = torch.tensor(int(index.constant.subs(self.symbols)))
+        total: Any = torch.tensor(int(self.value(index.constant)))
         stride = 1
         for digit, _ in reversed(_outermost_first(index)):
             value = self._digit_value(digit, places)
@@ -213,10 +238,18 @@ def slice_above(view: CanonicalView, site: Site) -> Slice:
     """What a site was matched from: all between its operands and its product with V."""
     stops = {site.q.access.node, site.k.access.node, site.v.access.node}
     stops |= {side.node for side in site.sides if side.distance is None}
+    return slice_to(view, site.output, stops)
+
+
+def slice_to(view: CanonicalView, output: fx.Node, stops: set[fx.Node]) -> Slice:
+    """All that a node is computed from, up to the graph's inputs and the given nodes.
+
+    Raises Refusal where a call among it is not understood.
+    """
     constants = view.constants | {node: value for node, (_, value) in view.buffers.items()}
     needed: set[fx.Node] = set()
     leaves: list[fx.Node] = []
-    pending = [site.output]
+    pending = [output]
     while pending:
         node = pending.pop()
         if node in needed or node in leaves:
@@ -247,8 +280,7 @@ def _doubled(value: Any, resizing: Resizing) -> Any:
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return torch.float64
     if isinstance(value, sympy.Basic):
-        number = value.subs(resizing.symbols)
-        return int(number) if number.is_Integer else float(number)
+        return resizing.scalar(value)
     if isinstance(value, (list, tuple)) and any(isinstance(item, sympy.Basic) for item in value):
         return type(value)(_doubled(item, resizing) for item in value)
     return value

@@ -81,15 +81,16 @@ def _resizings(site: Site) -> list[Resizing]:
     sizes = site.sizes
     hints = {name: _hint(size, site) for name, size in sizes.items()}
     scores = math.prod(hints[name] for name in ("B", "H", "M", "N"))
-    true = Resizing.identity(sizes, hints)
+    fake = site.q.access.node.meta["fake"]
+    true = Resizing.to(sizes, hints, hints, fake)
     if scores <= _FEW_SCORES:
         return [true]
     rows = min(hints["M"], _SHORT_ROWS)
     columns = rows if sizes["M"] == sizes["N"] else min(hints["N"], _SHORT_COLUMNS)
     short = {**hints, "B": min(hints["B"], _SHORT_BATCH), "M": rows, "N": columns}
     plans = [
-        Resizing.to(sizes, hints, short),
-        Resizing.to(sizes, hints, {**short, "B": hints["B"]}),
+        Resizing.to(sizes, hints, short, fake),
+        Resizing.to(sizes, hints, {**short, "B": hints["B"]}, fake),
     ]
     return [*plans, true] if scores <= _FEW_SCORES * 256 else plans
 
@@ -97,7 +98,7 @@ def _resizings(site: Site) -> list[Resizing]:
 def _hint(size: sympy.Expr, site: Site) -> int:
     if size.is_Integer:
         return int(size)
-    return size_hint(size, site.q.access.node.meta["fake"])
+    return int(size_hint(size, site.q.access.node.meta["fake"]))
 
 
 def _compared(site: Site, piece: Slice, resizing: Resizing) -> str | None:
@@ -107,9 +108,9 @@ def _compared(site: Site, piece: Slice, resizing: Resizing) -> str | None:
     wanted = values[site.output]
     batch, heads, rows, columns = (resizing.new[name] for name in ("B", "H", "M", "N"))
     q, k, v = (_arranged(values[o.access.node], o, resizing) for o in (site.q, site.k, site.v))
-    params = [resizing.number(param) for param in site.params]
+    params = [resizing.scalar(param) for param in site.params]
     operands = [
-        values[side.node] if side.distance is None else _vector(values, side, site, rows, columns)
+        values[side.node] if side.distance is None else _vector(values, side, site, resizing)
         for side in site.sides
     ]
     if site.scale_factor is not None:
@@ -156,26 +157,27 @@ def _arranged(tensor: torch.Tensor, operand: Operand, resizing: Resizing) -> tor
 
 
 def _vector(
-    values: dict[fx.Node, torch.Tensor], side: Any, site: Site, rows: int, columns: int
+    values: dict[fx.Node, torch.Tensor], side: Any, site: Site, resizing: Resizing
 ) -> torch.Tensor:
     """The bias by distance, from the whole bias that the slice computed."""
     whole = values[side.distance.node]
-    heads = site.sizes["H"]
+    heads, rows, columns = (resizing.new[name] for name in ("H", "M", "N"))
     step = torch.arange(rows + columns - 1) - (rows - 1)
     places = {
         site.axes.batch: torch.zeros(1, dtype=torch.long),
-        site.axes.head: torch.arange(int(heads)).reshape(-1, 1),
+        site.axes.head: torch.arange(heads).reshape(-1, 1),
         site.axes.query: (-step).clamp(min=0),
         site.axes.key: step.clamp(min=0),
     }
-    index = tuple(_numbers(position, places) for position in side.distance.index)
-    return torch.as_tensor(whole[index]).expand(int(heads), rows + columns - 1)
+    index = tuple(_numbers(position, places, resizing) for position in side.distance.index)
+    return torch.as_tensor(whole[index]).expand(heads, rows + columns - 1)
 
 
-def _numbers(index: Index, places: dict[Any, torch.Tensor]) -> torch.Tensor:
-    total: Any = torch.tensor(int(index.constant))
+def _numbers(index: Index, places: dict[Any, torch.Tensor], resizing: Resizing) -> torch.Tensor:
+    total: Any = torch.tensor(int(resizing.value(index.constant)))
     for digit, coef in index.terms:
-        total = total + (places[digit.axis] // int(digit.div)) % int(digit.extent) * int(coef)
+        place = places[digit.axis] // int(resizing.value(digit.div))
+        total = total + place % resizing.digit_extent(digit) * int(resizing.value(coef))
     return total
 
 

@@ -17,7 +17,9 @@ from adaattn_compiler.kernels.choose import kernels
 def _cases() -> list[Any]:
     return [
         pytest.param(
-            family, implementation, id="-".join(filter(None, (family.name, implementation, family.padded)))
+            family,
+            implementation,
+            id="-".join(filter(None, (family.name, implementation, family.padded))),
         )
         for family in FAMILIES
         for implementation in family.implementations

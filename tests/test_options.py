@@ -1,0 +1,203 @@
+"""Options: ours are checked, Inductor's pass through, the environment sets defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adaattn_compiler import Options
+from adaattn_compiler.options import parse_options
+
+_SWITCHES = ("enabled", "validate", "measure")
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def _inputs() -> list[torch.Tensor]:
+    return [torch.randn(1, 2, 8, 4) for _ in range(3)]
+
+
+def test_nothing_given_yields_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADAATTN_CACHE_DIR")
+    ours, inductors = parse_options(None)
+    assert ours == Options()
+    assert inductors == {}
+    assert ours.enabled
+    assert ours.validate
+
+
+def test_default_cache_folder_is_in_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADAATTN_CACHE_DIR")
+    ours, _ = parse_options({})
+    assert ours.cache_dir.expanduser().is_absolute()
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().enabled = False  # type: ignore[misc]
+
+
+def test_given_values_reach_their_fields(tmp_path: Path) -> None:
+    ours, inductors = parse_options(
+        {
+            "validate": False,
+            "kernels": ["sdpa"],
+            "cache_dir": str(tmp_path / "cache"),
+            "dump_dir": tmp_path,
+            "max_autotune": True,
+            "epilogue-fusion": False,
+        }
+    )
+    assert not ours.validate
+    assert ours.kernels == ("sdpa",)
+    assert ours.cache_dir == tmp_path / "cache"
+    assert ours.dump_dir == tmp_path
+    assert inductors == {"max_autotune": True, "epilogue-fusion": False}
+
+
+def test_paths_may_name_the_home() -> None:
+    ours, _ = parse_options({"cache_dir": "~/somewhere", "dump_dir": "~/dumps"})
+    assert ours.cache_dir == Path.home() / "somewhere"
+    assert ours.dump_dir == Path.home() / "dumps"
+
+
+def test_unknown_option_is_named_with_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match="unknown option 'validat'") as caught:
+        parse_options({"validat": True})
+    for name in Options.names():
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", _SWITCHES)
+@pytest.mark.parametrize("value", [1, 0, "yes", None])
+def test_switch_takes_only_booleans(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"option {name}={value!r}: .*True or False"):
+        parse_options({name: value})
+
+
+@pytest.mark.parametrize("value", [["sdpa", "flax"], "flax", ("flax",)])
+def test_unknown_kernel_is_named_with_the_known_ones(value: Any) -> None:
+    with pytest.raises(ValueError, match="flax") as caught:
+        parse_options({"kernels": value})
+    assert "sdpa" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [3, None, [3], {"sdpa": 1}.items()])
+def test_kernels_of_another_type_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="option kernels="):
+        parse_options({"kernels": value})
+
+
+def test_no_kernels_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="option kernels="):
+        parse_options({"kernels": []})
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "dump_dir"])
+@pytest.mark.parametrize("value", [3, True, ["a"], b"folder"])
+def test_path_of_another_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"option {name}=.*must be a path"):
+        parse_options({name: value})
+
+
+def test_only_the_dump_folder_may_be_none() -> None:
+    assert parse_options({"dump_dir": None})[0].dump_dir is None
+    with pytest.raises(ValueError, match="cache_dir=None"):
+        parse_options({"cache_dir": None})
+
+
+# -- the environment -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", _SWITCHES)
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", False), ("1", True), ("false", False), ("True", True)]
+)
+def test_environment_sets_a_switch(
+    name: str, text: str, value: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ADAATTN_{name.upper()}", text)
+    assert getattr(parse_options(None)[0], name) is value
+
+
+def test_environment_sets_kernels_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAATTN_KERNELS", "sdpa, flex")
+    monkeypatch.setenv("ADAATTN_CACHE_DIR", str(tmp_path / "c"))
+    monkeypatch.setenv("ADAATTN_DUMP_DIR", str(tmp_path / "d"))
+    ours, _ = parse_options(None)
+    assert ours.kernels == ("sdpa", "flex")
+    assert (ours.cache_dir, ours.dump_dir) == (tmp_path / "c", tmp_path / "d")
+
+
+def test_an_empty_dump_folder_in_the_environment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAATTN_DUMP_DIR", "")
+    assert parse_options(None)[0].dump_dir is None
+
+
+def test_given_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAATTN_VALIDATE", "0")
+    assert parse_options({"validate": True})[0].validate
+
+
+def test_bad_value_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAATTN_MEASURE", "maybe")
+    with pytest.raises(ValueError, match="ADAATTN_MEASURE='maybe'"):
+        parse_options(None)
+
+
+def test_bad_kernel_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAATTN_KERNELS", "flax")
+    with pytest.raises(ValueError, match="ADAATTN_KERNELS='flax' in the environment"):
+        parse_options(None)
+
+
+# -- through torch.compile -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validat": True}, "unknown option 'validat'"),
+        ({"validate": "yes"}, "option validate='yes'"),
+        ({"kernels": ["flax"]}, "flax"),
+    ],
+)
+def test_bad_options_fail_the_first_call(options: dict[str, Any], message: str) -> None:
+    compiled = torch.compile(_attention, backend="adaattn", options=options)
+    with pytest.raises(Exception, match=message) as caught:
+        compiled(*_inputs())
+    chain: list[BaseException] = [caught.value]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    inner = [getattr(error, "inner_exception", error) for error in chain]
+    assert any(isinstance(error, ValueError) for error in inner)
+
+
+def test_disabled_backend_hands_over_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    import adaattn_compiler.backend as backend
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("the passes ran")
+
+    given: list[Any] = []
+
+    def inductor(graph_module: Any, inputs: Any, mode: Any, options: Any) -> Any:
+        given.append((mode, options))
+        return graph_module.forward
+
+    monkeypatch.setattr(backend, "rewrite", never)
+    monkeypatch.setattr(backend, "_inductor", inductor)
+    compiled = torch.compile(
+        _attention, backend="adaattn", options={"enabled": False, "max_autotune": True}
+    )
+    inputs = _inputs()
+    torch.testing.assert_close(compiled(*inputs), _attention(*inputs))
+    assert given == [(None, {"max_autotune": True})]
