@@ -162,16 +162,19 @@ def evaluate_dense(
     values: Mapping[sympy.Symbol, Any],
     operands: Sequence[Any],
     params: Sequence[Any] = (),
+    *,
+    partial: bool = False,
 ) -> Any:
     """An expression over the four positions as a tensor that broadcasts to [B,H,M,N].
 
-    Only the axes that the expression mentions are larger than 1.
+    Only the axes that the expression mentions are larger than 1. partial: the index tensors hold
+    some positions only, so operands are read at them instead of along whole axes.
     """
     whole = {**values, **{param(i): value for i, value in enumerate(params)}}
 
     def load(number: int, index: tuple[sympy.Expr, ...]) -> Any:
         operand = operands[number]
-        if _is_plain(index):
+        if not partial and _is_plain(index):
             return _broadcast(operand, index)
         places = [evaluate(e, whole, load) for e in index]
         return operand[tuple(places)]

@@ -10,7 +10,7 @@ What cannot be understood is a `Refused`, with the reason and the node where it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,16 +31,17 @@ from adaattn_compiler.passes.contraction import (
     Spine,
     contraction_at,
     is_contraction,
+    obstacle,
     products_below,
     scores_accesses,
 )
-from adaattn_compiler.passes.element import as_number
+from adaattn_compiler.passes.element import RowStatistic, as_number
 from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index, NotAffine
 from adaattn_compiler.passes.operands import Link, chosen_operand, operand_chain
 from adaattn_compiler.passes.score import RAW, ScoreParts, score_parts, without_row_statistics
 from adaattn_compiler.passes.sides import SideReader
 from adaattn_compiler.passes.site import Site
-from adaattn_compiler.passes.views import Access
+from adaattn_compiler.passes.views import Access, is_view
 from adaattn_compiler.predicates import has_key_in_every_row, normalized, simplified
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, Refusal, Where, k, q
 
@@ -61,20 +62,70 @@ def match(view: CanonicalView) -> list[Site | Refused]:
     """The sites of a view, in graph order, with what was refused among them."""
     found: list[Site | Refused] = []
     anchors: set[fx.Node] = set()
+    inside: dict[fx.Node, _Inside] = {}
     for node in view.graph.nodes:
         if node not in view.live:
             continue
         if node.target is aten.scaled_dot_product_attention.default:
-            found.append(_attempt(view, node, node, "sdpa", lambda n=node: _sdpa_site(view, n)))
+            found.append(_attempted(view, node))
         elif is_contraction(node):
-            site = _product_site(view, node)
+            site = _product_site(view, node, inside)
             if site is not None and site.anchor not in anchors:
                 anchors.add(site.anchor)
                 found.append(site)
+    found = _unshared(view, found, inside)
     found += _unmatched(view, anchors)
     order = {node: position for position, node in enumerate(view.graph.nodes)}
     found.sort(key=lambda item: order[item.anchor])
     return _numbered(found)
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Nodes that a site computes anew, so that nothing else may need them, and why not."""
+
+    scores: fx.Node
+    noise: tuple[fx.Node, ...]
+
+
+def _unshared(
+    view: CanonicalView, found: Sequence[Site | Refused], inside: dict[fx.Node, _Inside]
+) -> list[Site | Refused]:
+    """Refuse sites whose scores or dropout mask are needed for something else as well."""
+    sites = [item for item in found if isinstance(item, Site)]
+    reasons: dict[fx.Node, str] = {}
+    while True:
+        kept = [site for site in sites if site.output not in reasons]
+        live = view.live_without({site.output: _operands(site) for site in kept})
+        needed = {
+            site.output: reason
+            for site in kept
+            if (reason := _reason_shared(inside.get(site.output), live)) is not None
+        }
+        if not needed:
+            break
+        reasons |= needed
+    return [
+        Refused(item.name, item.spelling, reasons[item.output], item.anchor)
+        if isinstance(item, Site) and item.output in reasons
+        else item
+        for item in found
+    ]
+
+
+def _operands(site: Site) -> tuple[fx.Node, ...]:
+    sides = [side.distance.node if side.distance else side.node for side in site.sides]
+    return (*(operand.access.node for operand in (site.q, site.k, site.v)), *sides)
+
+
+def _reason_shared(inside: _Inside | None, live: frozenset[fx.Node]) -> str | None:
+    if inside is None:
+        return None
+    if any(node in live for node in inside.noise):
+        return "the dropout mask is used outside the attention (returned, or applied again)"
+    if inside.scores in live:
+        return "the scores are used outside the attention (returned, or by what is not understood)"
+    return None
 
 
 def module_path(node: fx.Node) -> str:
@@ -99,21 +150,23 @@ def _numbered(found: list[Site | Refused]) -> list[Site | Refused]:
     return out
 
 
-def _attempt(
-    view: CanonicalView, node: fx.Node, anchor: fx.Node, spelling: str, build: Any
-) -> Site | Refused:
+def _attempted(view: CanonicalView, node: fx.Node) -> Site | Refused:
     try:
-        site: Site = build()
-        return site
+        return _sdpa_site(view, node)
     except (Refusal, NotAffine) as refusal:
-        return Refused(module_path(anchor), spelling, str(refusal), anchor)
+        return Refused(module_path(node), "sdpa", str(refusal), node)
 
 
 # -- products --------------------------------------------------------------------------------------
 
 
-def _product_site(view: CanonicalView, node: fx.Node) -> Site | Refused | None:
-    """The site whose product with V this node is; None where it is no such product."""
+def _product_site(
+    view: CanonicalView, node: fx.Node, inside: dict[fx.Node, _Inside]
+) -> Site | Refused | None:
+    """The site whose product with V this node is; None where it is no such product.
+
+    Notes in `inside` what lies between the site's two products.
+    """
     shape = meta_of(node).shape
     batch = [Axis(f"i{d}", size) for d, size in enumerate(shape[:-2])]
     row, column = Axis("r", shape[-2]), Axis("c", shape[-1])
@@ -136,16 +189,15 @@ def _product_site(view: CanonicalView, node: fx.Node) -> Site | Refused | None:
             softmax.scores, softmax.dim, product.over
         ):
             continue
+        if obstacle(softmax.scores.node) is None:
+            continue  # no product above: weights of another kind
         loops = _Loops(batch[0] if batch else Axis("i0", ONE), query, product.over, value)
-        return _attempt(
-            view,
-            node,
-            softmax.node,
-            softmax.spelling,
-            lambda b=below, v=values, p=product, lo=loops: _manual_site(
-                view, node, index, p, b, v, lo
-            ),
-        )
+        try:
+            site, inside[node] = _manual_site(view, node, index, below, values, loops)
+            return site
+        except (Refusal, NotAffine) as refusal:
+            path = module_path(softmax.node)
+            return Refused(path, softmax.spelling, str(refusal), softmax.node)
     return None
 
 
@@ -170,21 +222,24 @@ def _manual_site(
     view: CanonicalView,
     node: fx.Node,
     index: tuple[Index, ...],
-    product: Contraction,
     below: Probabilities,
     values: Access,
     loops: _Loops,
-) -> Site:
+) -> tuple[Site, _Inside]:
     softmax = below.softmax
-    if softmax.scores.index[softmax.dim] not in (Index.of_axis(loops.key),):
+    if softmax.scores.index[softmax.dim] != Index.of_axis(loops.key):
         raise Refusal("a softmax over more than the keys, not from their first", softmax.node)
-    refusal: Exception = Refusal("no product of Q and K above the softmax", softmax.node)
+    refusal: Exception | None = None
     for read_at, scores in products_below(softmax.scores, "d"):
         try:
-            return _site_of(view, node, index, below, values, loops, read_at, scores)
+            site = _site_of(view, node, index, below, values, loops, read_at, scores)
+            return site, _Inside(read_at.node, below.noise)
         except (Refusal, NotAffine) as error:
-            refusal = error
-    raise refusal
+            refusal = refusal or error
+    between = obstacle(softmax.scores.node)
+    if refusal is None and between is not None:
+        refusal = Refusal(f"{between.target} between the product and softmax is not understood")
+    raise refusal or Refusal("no product of Q and K above the softmax", softmax.node)
 
 
 def _site_of(
@@ -199,21 +254,21 @@ def _site_of(
 ) -> Site:
     q_at, k_at = _query_and_key(product, loops)
     chains = [operand_chain(view, access) for access in (q_at, k_at, values)]
-    visited = scores_accesses(below.softmax.scores, product_node=read_at.node)
-    axes = _axes(loops, chains, visited, read_at.node)
-    q_target, k_target, v_target = _targets(axes, product.over, loops.value)
-    query, q_factor = chosen_operand(chains[0], axes, q_target)
-    key, k_factor = chosen_operand(chains[1], axes, k_target)
-    value, v_factor = chosen_operand(chains[2], axes, v_target)
-    if v_factor != 1:
-        value, _ = chosen_operand([link for link in chains[2] if link.factor == 1], axes, v_target)
-    reader = SideReader(view, axes, read_at.node, product)
+    chains[2] = tuple(link for link in chains[2] if link.factor == 1)
     softmax = below.softmax
+    visited = scores_accesses(softmax.scores, product_node=read_at.node)
+    axes = _axes(loops, chains, visited, read_at.node)
+    targets = _targets(axes, product.over, loops.value)
+    (query, q_factor), (key, k_factor), (value, _) = (
+        chosen_operand(chain, axes, target) for chain, target in zip(chains, targets, strict=True)
+    )
+    reader = SideReader(view, axes, read_at.node, product)
     scores = Access(softmax.scores.node, tuple(axes.renamed(p) for p in softmax.scores.index))
     element = as_number(reader.read(scores))
-    parts = score_parts(element, meta_of(scores.node).dtype, softmax.zero_rows)
+    dtype = _narrowest(meta_of(scores.node).dtype, meta_of(read_at.node).dtype)
+    parts = score_parts(element, dtype, softmax.zero_rows, _key_in_every_row(axes))
     parts = _zeroed(parts, below, reader, axes)
-    sink = _sink(reader, scores, softmax.dim, loops.key)
+    sink = _sink(reader, scores, softmax.dim, loops.key, parts.row_terms)
     return _assembled(
         view,
         parts,
@@ -230,6 +285,18 @@ def _site_of(
         inner=product.over,
         value_axis=loops.value,
     )
+
+
+def _narrowest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype with the least range."""
+    return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
+
+
+def _key_in_every_row(axes: AttentionAxes) -> Callable[[Any], bool]:
+    facts = _facts(axes)
+    sizes = {axes.query.size: M, axes.key.size: N}
+    named = {size: name for size, name in sizes.items() if isinstance(size, sympy.Symbol)}
+    return lambda mask: has_key_in_every_row(normalized(mask.xreplace(named)), facts)
 
 
 def _query_and_key(product: Contraction, loops: _Loops) -> tuple[Access, Access]:
@@ -311,8 +378,13 @@ def _zeroed(
     return parts
 
 
-def _sink(reader: SideReader, scores: Access, dim: int, key: Axis) -> sympy.Expr | None:
-    """The score of the one column beside the keys, where the softmax has one."""
+def _sink(
+    reader: SideReader, scores: Access, dim: int, key: Axis, row_terms: sympy.Expr
+) -> sympy.Expr | None:
+    """The score of the one column beside the keys, where the softmax has one.
+
+    row_terms: what was dropped from the scores; it must be in the sink's too.
+    """
     width = meta_of(scores.node).shape[dim]
     extra = sympy.expand(width - key.size)
     if extra == 0:
@@ -323,7 +395,10 @@ def _sink(reader: SideReader, scores: Access, dim: int, key: Axis) -> sympy.Expr
     sink = as_number(reader.read(Access(scores.node, at)))
     if sink.has(RAW) or sink.has(k) or sink.has(Where):
         raise Refusal("a column beside the keys that is not a sink", scores.node)
-    return without_row_statistics(sink)
+    sink, theirs = without_row_statistics(sink)
+    if theirs != row_terms:
+        raise Refusal("a maximum subtracted from the scores and not from their sink", scores.node)
+    return sink
 
 
 def _assembled(
@@ -339,8 +414,11 @@ def _assembled(
     **fields: Any,
 ) -> Site:
     """The site, its expressions renumbered to its own operands and run-time integers."""
-    numbered = reader.numbered((parts.score, normalized(parts.mask), sink, parts.factor))
-    score, mask, sink, factor = numbered.expressions
+    readings = [(access, e) for access, e in reader.taken if not e.has(RowStatistic)]
+    numbered = reader.numbered(
+        (parts.score, normalized(parts.mask), sink, parts.factor, *(e for _, e in readings))
+    )
+    score, mask, sink, factor, *elements = numbered.expressions
     facts = _facts(axes)
     mask = simplified(mask, facts)
     group = axes.group
@@ -370,6 +448,7 @@ def _assembled(
         scale_factor=None if factor == 1 else factor,
         requires_grad=bool(output.meta["fake"].requires_grad),
         assumes=frozenset(reader.assumed),
+        readings=tuple((access, e) for (access, _), e in zip(readings, elements, strict=True)),
         **fields,
     )
 
@@ -523,7 +602,8 @@ def _sdpa_parts(
             element = RAW + as_number(bias)
     if named["is_causal"]:
         keep = sympy.Ge(q, k)
-    parts = score_parts(element, meta_of(named["query"]).dtype, zero_rows=True)
+    dtype = meta_of(named["query"]).dtype
+    parts = score_parts(element, dtype, True, _key_in_every_row(axes))
     empty_row = EmptyRow.ZERO if keep != sympy.true else parts.empty_row
     return replace(
         parts, scale=parts.scale * number, mask=sympy.And(parts.mask, keep), empty_row=empty_row
@@ -534,42 +614,57 @@ def _sdpa_parts(
 
 
 def _unmatched(view: CanonicalView, anchors: set[fx.Node]) -> Iterator[Refused]:
-    """Softmaxes between two products that no site was made of."""
+    """Softmaxes (and exponentials) between two products that no site was made of."""
+    seen = _used_by(anchors)
     for node in view.graph.nodes:
-        if node.target not in SOFTMAXES or node in anchors or node not in view.live:
+        known = node.target in SOFTMAXES or node.target is aten._log_softmax.default
+        if not known and node.target not in (aten.exp.default, aten.exp2.default):
             continue
-        blocker = _blocker(node)
-        if blocker is not None and _has_product_above(node):
-            reason = (
-                "the softmax does not run over the axis that the product with V sums"
-                if blocker.target is aten.bmm.default
-                else f"{blocker.target} between softmax and the product with V is not understood"
-            )
-            yield Refused(module_path(node), "softmax", reason, node)
+        if node in seen or node not in view.live or obstacle(node) is None:
+            continue
+        way = _way_to_product(node)
+        if way is None or not (known or any(_is_quotient(step) for step in way)):
+            continue
+        reason, spelling = _why_unmatched(way, known), "softmax" if known else "exp/sum"
+        yield Refused(module_path(node), spelling, reason, node)
 
 
-def _has_product_above(node: fx.Node, depth: int = 24) -> bool:
-    pending, seen = list(node.all_input_nodes), 0
-    while pending and seen < depth:
-        above = pending.pop(0)
-        seen += 1
-        if above.target in (aten.bmm.default, aten.baddbmm.default):
-            return True
-        pending.extend(above.all_input_nodes)
-    return False
+def _used_by(anchors: Iterable[fx.Node], depth: int = 8) -> set[fx.Node]:
+    """The anchors and what lies closely above them."""
+    seen, layer = set(anchors), set(anchors)
+    for _ in range(depth):
+        layer = {
+            above
+            for node in layer
+            for above in node.all_input_nodes
+            if above not in seen and not is_contraction(above)
+        }
+        seen |= layer
+    return seen
 
 
-def _blocker(node: fx.Node, depth: int = 16) -> fx.Node | None:
-    """The first op on the way from a softmax to a batched product, where there is such a way."""
-    pending: list[tuple[fx.Node, fx.Node | None]] = [(user, None) for user in node.users]
-    seen = 0
-    while pending and seen < depth:
-        below, first = pending.pop(0)
-        seen += 1
-        if below.target in (aten.bmm.default,):
-            return first or below
-        known = below.target in (aten._to_copy.default, aten.view.default, aten.expand.default)
-        pending.extend(
-            (user, first if known or first is not None else below) for user in below.users
-        )
+def _why_unmatched(way: Sequence[fx.Node], known: bool) -> str:
+    """The reason, from the ops between a softmax and the product with V, in order."""
+    unknown = [step for step in way if not is_view(step)]
+    if not known:
+        return "exponentials over something else than their sum over the keys"
+    if not unknown:
+        return "the softmax does not run over the axis that the product with V sums"
+    return f"{unknown[0].target} between softmax and the product with V is not understood"
+
+
+def _is_quotient(node: fx.Node) -> bool:
+    return node.target in (aten.div.Tensor, aten.reciprocal.default)
+
+
+def _way_to_product(node: fx.Node, most: int = 48) -> list[fx.Node] | None:
+    """The ops on the shortest way from a node to a batched product below it; None without one."""
+    pending: list[tuple[fx.Node, list[fx.Node]]] = [(user, []) for user in node.users]
+    for _ in range(most):
+        if not pending:
+            return None
+        below, way = pending.pop(0)
+        if below.target is aten.bmm.default:
+            return way
+        pending.extend((user, [*way, below]) for user in below.users)
     return None

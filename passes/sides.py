@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
@@ -22,7 +23,6 @@ from adaattn_compiler.passes.contraction import Contraction, Spine
 from adaattn_compiler.passes.element import (
     ElementReader,
     RowStatistic,
-    Unreadable,
     as_number,
     is_condition,
     is_exact,
@@ -31,7 +31,19 @@ from adaattn_compiler.passes.index_map import NotAffine
 from adaattn_compiler.passes.score import RAW, depends_on_distance_only, loads_are_thin
 from adaattn_compiler.passes.site import SideTensor
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access
-from adaattn_compiler.spec import POSITIONS, Load, M, N, OperandSpec, Where, h, k, param, q
+from adaattn_compiler.spec import (
+    POSITIONS,
+    Load,
+    M,
+    N,
+    OperandSpec,
+    Refusal,
+    Where,
+    h,
+    k,
+    param,
+    q,
+)
 
 aten = torch.ops.aten
 
@@ -61,6 +73,7 @@ class SideReader(ElementReader):
         self.product_node = product_node
         self.product = product
         self.distances: dict[str, SideTensor] = {}
+        self.taken: list[tuple[Access, Any]] = []
         self.spine = Spine(product_node)
 
     def _read(self, access: Access) -> Any:
@@ -90,11 +103,19 @@ class SideReader(ElementReader):
         return super().operand(access, value)
 
     def side(self, access: Access) -> Any:
-        """The element of a side tensor, in the form that the spec is to hold."""
+        """The element of a side tensor, in the form that the spec is to hold.
+
+        What was read off (rather than loaded) is kept in `taken`, to be proven.
+        """
+        element = self._side(access)
+        self.taken.append((access, element))
+        return element
+
+    def _side(self, access: Access) -> Any:
         access = self._peeled(access)
         element = self.read(access)
         if is_condition(element):
-            if is_exact(element) and loads_are_thin(element):
+            if is_exact(element) and (loads_are_thin(element) or _is_one_load(element)):
                 return element
         elif not (element.has(q) and element.has(k)):
             if element.is_number or (isinstance(element, Where) and is_exact(element)):
@@ -111,6 +132,10 @@ class SideReader(ElementReader):
         if not is_condition(element) and element.has(RowStatistic):
             return element
         return self.load(access)
+
+    def is_row_statistic(self, access: Access) -> bool:
+        """Of other tensors than the scores a maximum is a tensor like any other."""
+        return super().is_row_statistic(access) and self.spine.holds(access.node)
 
     def _peeled(self, access: Access) -> Access:
         """Through views and casts between floating-point types, which change no element."""
@@ -180,8 +205,8 @@ class SideReader(ElementReader):
             for symbol in sorted(expression.free_symbols - known - set(names), key=str):
                 if symbol in {load.args[0] for load in _loads(expression)}:
                     continue
-                if not symbol.is_integer:
-                    raise Unreadable(f"{symbol} is not known when compiling")
+                if not symbol.is_integer and _is_in_condition(symbol, expression):
+                    raise Refusal(f"a condition on {symbol}, a number that is not an integer")
                 names[symbol] = param(len(params))
                 params.append(symbol)
         return names, tuple(params)
@@ -208,6 +233,20 @@ def _is_safe_term(term: sympy.Expr) -> bool:
     rest = sympy.Mul(*factors)
     small = all(abs(float(number)) < 1e6 for number in rest.atoms(sympy.Number))
     return small and is_exact(term) and not rest.has(Where, Load)
+
+
+def _is_in_condition(symbol: sympy.Symbol, expression: Any) -> bool:
+    """Whether an expression does more with a number than arithmetic."""
+    return any(e.has(symbol) for e in expression.atoms(Relational, sympy.floor, sympy.Mod))
+
+
+def _is_one_load(condition: Any) -> bool:
+    """Whether a condition is a tensor's element, or that it is some number."""
+    return (
+        isinstance(condition, (sympy.Eq, sympy.Ne))
+        and isinstance(condition.lhs, Load)
+        and condition.rhs.is_Integer
+    )
 
 
 def _plain(value: Any) -> sympy.Expr:

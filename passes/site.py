@@ -45,7 +45,8 @@ class Site:
     anchor: its softmax or SDPA call; output: the node of its result, read at `result`;
     scale_tensor: a factor of the scores that is not a number (multiplied onto Q), or None.
     requires_grad: whether a gradient must flow through it; assumes: which of the graph's inputs are
-    buffers whose values the spec was read from.
+    buffers whose values the spec was read from; readings: elements of masks and biases with the
+    expressions that they were read as (over the spec's operands).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Site:
     value_axis: Axis
     requires_grad: bool = False
     assumes: frozenset[int] = field(default=frozenset())
+    readings: tuple[tuple[Access, Any], ...] = field(default=())
 
     @property
     def sizes(self) -> dict[str, Size]:

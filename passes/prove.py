@@ -1,0 +1,149 @@
+"""Masks and biases that were read as expressions, against the tensors that they were read from.
+
+Validation runs a site at short lengths, where a window of 512 is no window. Here each mask (or
+bias) is computed by the model's own calls at its true lengths, once for a graph, and compared with
+the expression on rows drawn at random, always among them the first and the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
+from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.index_map import Axis, Index
+from adaattn_compiler.passes.match import Refused
+from adaattn_compiler.passes.site import Site
+from adaattn_compiler.passes.slices import Resizing, size_hint, slice_to
+from adaattn_compiler.passes.views import Access
+from adaattn_compiler.spec import Load, Refusal, b, h, k, q
+
+# Larger tensors are not made for a proof; they keep what validation says of them.
+_MOST_ELEMENTS = 1 << 26
+_ROWS, _HEADS, _BATCH = 48, 4, 2
+
+
+def prove_masks(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Site | Refused]:
+    """Refuse sites whose masks or biases were misread."""
+    verdicts: dict[Any, str | None] = {}
+    values: dict[fx.Node, Any] = {}
+    out: list[Site | Refused] = []
+    for item in found:
+        if isinstance(item, Site):
+            for access, element in item.readings:
+                key = (access, element)
+                if key not in verdicts:
+                    verdicts[key] = _disagreement(view, item, access, element, values)
+                if verdicts[key] is not None:
+                    reason = f"mask not proven: {verdicts[key]}"
+                    item = Refused(item.name, item.spelling, reason, item.anchor)
+                    break
+        out.append(item)
+    return out
+
+
+def _disagreement(
+    view: CanonicalView, site: Site, access: Access, element: Any, values: dict[fx.Node, Any]
+) -> str | None:
+    """Where the expression differs from the tensor; None where it does not, or nothing was read."""
+    fake = site.q.access.node.meta["fake"]
+    if isinstance(element, Load) or not (element.has(q) or element.has(k)):
+        return None
+    numel = math.prod(_hint(size, fake) for size in meta_of(access.node).shape)
+    if numel > _MOST_ELEMENTS:
+        return None
+    sizes = {name: _hint(size, fake) for name, size in site.sizes.items()}
+    true = Resizing.to(site.sizes, sizes, sizes, fake)
+    try:
+        tensor, operands = _computed(view, site, access.node, true, values)
+    except (Refusal, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    places = _drawn_places(sizes)
+    read = tensor[tuple(_at(position, places, site) for position in access.index)]
+    symbols: dict[Any, Any] = positions((), tensor, [sizes[name] for name in ("B", "H", "M", "N")])
+    symbols |= {b: places["b"], h: places["h"], q: places["q"], k: places["k"]}
+    params = [true.number(param) for param in site.params]
+    expected = evaluate_dense(element, symbols, operands, params, partial=True)
+    expected = torch.as_tensor(expected)
+    if read.dtype == torch.bool or expected.dtype == torch.bool:
+        same = bool((read.bool() == expected.bool()).all())
+    else:
+        same = bool(torch.isclose(read.double(), expected.double(), rtol=1e-12).all())
+    return None if same else f"{access.node} is not {element}"
+
+
+def _hint(size: sympy.Expr, fake: Any) -> int:
+    return int(size) if size.is_Integer else int(size_hint(size, fake))
+
+
+def _computed(
+    view: CanonicalView,
+    site: Site,
+    node: fx.Node,
+    resizing: Resizing,
+    values: dict[fx.Node, Any],
+) -> tuple[torch.Tensor, list[Any]]:
+    """A node's tensor on random leaves, and the site's operands that go with it.
+
+    values: what was computed before, so that all sites see one draw of a leaf.
+    """
+    stops = {side.node for side in site.sides if side.distance is None}
+    if node not in values:
+        piece = slice_to(view, node, stops - {node})
+        generator = torch.Generator().manual_seed(0)
+        for leaf in piece.leaves:
+            if leaf not in values:
+                values[leaf] = _random(leaf, resizing, generator)
+        known = {leaf: values[leaf] for leaf in piece.leaves}
+        values[node] = piece.run(known, resizing)[node]
+    return values[node], [values.get(side.node) for side in site.sides]
+
+
+def _random(leaf: fx.Node, resizing: Resizing, generator: torch.Generator) -> torch.Tensor:
+    meta = meta_of(leaf)
+    shape = [resizing.number(size) for size in meta.shape]
+    if meta.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randint(0, 2, shape, generator=generator).to(meta.dtype)
+
+
+def _drawn_places(sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Some batch items, heads and rows, and all columns, as index tensors."""
+    return {
+        "b": _some(sizes["B"], _BATCH).reshape(-1, 1, 1, 1),
+        "h": _some(sizes["H"], _HEADS).reshape(-1, 1, 1),
+        "q": _some(sizes["M"], _ROWS).reshape(-1, 1),
+        "k": torch.arange(sizes["N"]),
+    }
+
+
+def _some(size: int, count: int) -> torch.Tensor:
+    if size <= count:
+        return torch.arange(size)
+    generator = torch.Generator().manual_seed(size)
+    inner = torch.randperm(size - 2, generator=generator)[: count - 2] + 1
+    return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([size - 1])])
+
+
+def _at(index: Index, places: dict[str, torch.Tensor], site: Site) -> torch.Tensor:
+    """A dimension's index at the drawn places."""
+    axes: dict[Axis, str] = {
+        site.axes.batch: "b",
+        site.axes.head: "h",
+        site.axes.query: "q",
+        site.axes.key: "k",
+    }
+    expression = index.constant
+    if not expression.is_Integer:
+        raise Refusal(f"an index {expression}")
+    total: Any = torch.tensor(int(expression))
+    for digit, coef in index.terms:
+        value = places[axes[digit.axis]]
+        total = total + (value // int(digit.div)) % int(digit.extent) * int(coef)
+    return torch.as_tensor(total)
