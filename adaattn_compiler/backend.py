@@ -59,7 +59,7 @@ def adaattn(
         analysis.assumes,
         example_inputs,
         compiled,
-        lambda inputs: _inductor(original, inputs, mode, inductors),
+        lambda: _compiled_later(original, mode, inductors),
     )
 
 
@@ -76,6 +76,18 @@ def _inductor(
     else:
         wrapper = torch._TorchCompileInductorWrapper(mode, options or None, None)
     compiled: Compiled = wrapper(graph_module, inputs)
+    return compiled
+
+
+def _compiled_later(
+    graph_module: fx.GraphModule, mode: str | None, options: dict[str, Any]
+) -> Compiled:
+    """What Inductor makes of a graph when it is called, Dynamo seeing to its sizes and guards."""
+
+    def inductor(captured: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        return _inductor(captured, inputs, mode, options)
+
+    compiled: Compiled = torch.compile(graph_module, backend=inductor)
     return compiled
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,13 +29,14 @@ class Assumptions:
         self,
         digests: dict[int, bytes],
         compiled: Compiled,
-        fallback: Callable[[Sequence[Any]], Compiled],
+        fallback: Callable[[], Compiled],
     ) -> None:
         self._digests = digests
         self._compiled = compiled
         self._make_fallback = fallback
         self._fallback: Compiled | None = None
-        self._seen: dict[int, tuple[int, int, bool]] = {}
+        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, bool]] = {}
+        self._said = False
         self._lock = threading.Lock()
 
     @staticmethod
@@ -42,36 +44,41 @@ class Assumptions:
         positions: Iterable[int],
         inputs: Sequence[Any],
         compiled: Compiled,
-        fallback: Callable[[Sequence[Any]], Compiled],
+        fallback: Callable[[], Compiled],
     ) -> Assumptions:
-        """Assume that the inputs at these positions keep the values that they have now."""
+        """Assume that the inputs at these positions keep the values that they have now.
+
+        fallback makes what is called otherwise, for any sizes that the compiled graph takes.
+        """
         return Assumptions({p: _digest(inputs[p]) for p in positions}, compiled, fallback)
 
     def __call__(self, *inputs: Any) -> Any:
         for position in self._digests:
             if not self._holds(position, inputs[position]):
-                return self._other(inputs)(*inputs)
+                return self._other()(*inputs)
         return self._compiled(*inputs)
 
     def _holds(self, position: int, tensor: torch.Tensor) -> bool:
         version = _version(tensor)
         seen = self._seen.get(position)
-        if seen is not None and seen[:2] == (id(tensor), version) and version >= 0:
+        # By reference, not by id: a new tensor may be given the id of one that is gone.
+        if seen is not None and seen[0]() is tensor and seen[1] == version and version >= 0:
             return seen[2]
         holds = _digest(tensor) == self._digests[position]
-        self._seen[position] = (id(tensor), version, holds)
-        if not holds:
+        self._seen[position] = (weakref.ref(tensor), version, holds)
+        if not holds and not self._said:
+            self._said = True
             log.warning(
-                "a mask kept as a buffer (input %d) changed after compiling: from now on the graph "
-                "runs as it was before rewriting",
+                "a mask kept as a buffer (input %d) changed after compiling: while it differs, the "
+                "graph runs as it was before rewriting",
                 position,
             )
         return holds
 
-    def _other(self, inputs: Sequence[Any]) -> Compiled:
+    def _other(self) -> Compiled:
         with self._lock:
             if self._fallback is None:
-                self._fallback = self._make_fallback(inputs)
+                self._fallback = self._make_fallback()
             return self._fallback
 
 
