@@ -20,7 +20,7 @@ class Options:
     enabled: False hands every graph to Inductor as it is.
     validate: run each matched slice against its replacement on small random inputs.
     measure: let kernels compete on this machine where a guess does not settle it.
-    kernels: names of the kernels that may be chosen ("sdpa", "flex").
+    kernels: names of the kernels that may be chosen.
     cache_dir: folder of what was measured and built.
     dump_dir: folder for the graphs before and after, or None.
     """
@@ -28,7 +28,7 @@ class Options:
     enabled: bool = True
     validate: bool = True
     measure: bool = True
-    kernels: tuple[str, ...] = ("sdpa", "flex")
+    kernels: tuple[str, ...] = ("sdpa", "strips", "flex")
     cache_dir: Path = Path("~/.cache/adaattn")
     dump_dir: Path | None = None
 
@@ -38,7 +38,7 @@ class Options:
         return tuple(field.name for field in dataclasses.fields(Options))
 
 
-_KNOWN_KERNELS = ("sdpa", "flex")
+_KNOWN_KERNELS = ("sdpa", "strips", "flex")
 
 
 def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:

@@ -18,6 +18,7 @@ from adaattn_compiler.kernels.flex import FlexKernel
 from adaattn_compiler.kernels.measure import measured
 from adaattn_compiler.kernels.problem import Kernel, Problem
 from adaattn_compiler.kernels.sdpa import SdpaKernel
+from adaattn_compiler.kernels.strips import StripsKernel
 from adaattn_compiler.kernels.table import MeasurementTable
 from adaattn_compiler.options import Options
 from adaattn_compiler.spec import Refusal
@@ -26,6 +27,8 @@ log = logging.getLogger("adaattn_compiler")
 
 # Estimates are trusted beyond this ratio.
 _SURELY_SLOWER = 6.0
+# What has to be compiled takes part where its estimate is below this share of the best of the rest.
+_WORTH_COMPILING = 0.9
 # Multiplications below which nothing is worth compiling for.
 _SMALL = 2.0e9
 
@@ -44,7 +47,7 @@ class Choice:
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel there is."""
-    return (SdpaKernel(), FlexKernel())
+    return (SdpaKernel(), StripsKernel(), FlexKernel())
 
 
 def choose(problem: Problem, options: Options) -> Choice:
@@ -54,10 +57,15 @@ def choose(problem: Problem, options: Options) -> Choice:
         return _built(able, problem, "the only one that can")
     costs = {kernel: kernel.cost(problem) for kernel in able}
     able.sort(key=lambda kernel: costs[kernel])
-    ready = [kernel for kernel in able if kernel.name == "sdpa"]
+    ready = [kernel for kernel in able if not kernel.compiles]
     if ready and costs[ready[0]] < _SMALL:
-        return Choice(ready[0], "too small to compile for")
-    near = [kernel for kernel in able if costs[kernel] <= _SURELY_SLOWER * costs[able[0]]]
+        return Choice(ready[0], "least cost by estimate, and too small to measure")
+    near = [
+        kernel
+        for kernel in able
+        if costs[kernel] <= _SURELY_SLOWER * costs[able[0]]
+        and not (kernel.compiles and ready and costs[kernel] > _WORTH_COMPILING * costs[ready[0]])
+    ]
     if len(near) == 1 or not options.measure:
         return _built(able, problem, "least cost by estimate")
     return _fastest(near, problem, options)

@@ -6,12 +6,15 @@ process (and from any of torch's caches): what is not there yet is built when fi
 
 from __future__ import annotations
 
+import ast
+import functools
 from collections.abc import Sequence
 
 import torch
 
-from adaattn_compiler.kernels.flex import runner_of
+from adaattn_compiler.kernels.flex import flex_runner
 from adaattn_compiler.kernels.reference import reference_attention
+from adaattn_compiler.kernels.strips import strips_runner
 
 
 @torch.library.custom_op("adaattn::attention", mutates_args=(), device_types="cpu")
@@ -28,13 +31,22 @@ def attention(
     operands and params are those of the plan's spec. Returns memory laid out as [B,M,H,E].
     Raises ValueError for text that is no plan. Has no gradient.
     """
-    runner = runner_of(plan)
+    runner = strips_runner(plan) if _kernel_of(plan) == "strips" else flex_runner(plan)
     if 0 in (*q.shape, *k.shape, *v.shape):
         out = reference_attention(q, k, v, operands, params, runner.spec)
     else:
         out = runner(q, k, v, operands, params)
     # As the fake says it lies, and no alias of an input.
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel_of(plan: str) -> str:
+    """The name of the kernel that a plan is for."""
+    try:
+        return str(ast.literal_eval(plan)["kernel"])
+    except (ValueError, SyntaxError, TypeError, KeyError) as error:
+        raise ValueError(f"not a plan: {plan[:80]!r}") from error
 
 
 @attention.register_fake

@@ -83,6 +83,10 @@ class Kernel(Protocol):
     def name(self) -> str:
         """As `explain` shows it and options name it."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether building it takes seconds."""
+
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot take the problem; None where it can."""
 

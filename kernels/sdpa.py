@@ -32,6 +32,7 @@ class SdpaKernel:
     """See the module's docstring."""
 
     name: str = "sdpa"
+    compiles: bool = False
 
     def refusal(self, problem: Problem) -> str | None:
         spec = problem.spec

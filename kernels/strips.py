@@ -1,0 +1,294 @@
+"""Attention in strips of query rows, each with the keys that its rows can see at all.
+
+For a strip of rows the mask leaves a range of keys (a band for a window, a growing prefix for a
+causal mask). The strip's queries meet those keys alone, in torch's own fused CPU kernel, under the
+mask and bias of the strip: work and memory follow the band, nothing of size M x N exists, and
+nothing has to be compiled. What the fused kernel cannot say is written out, still by strips: a
+score that is no sum (softcap). A sink is folded in by the log-sum-exp that the kernel returns:
+softmax with one more logit s is the softmax without it times sigmoid(LSE - s).
+
+Source of the recurrence: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from adaattn_compiler.kernels.blocks import block_structure
+from adaattn_compiler.kernels.evaluate import evaluate_dense, is_printable, rank_of
+from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, S, b, h, k, q
+
+aten = torch.ops.aten
+
+# Rows of a strip, and the step to which its keys' range is rounded.
+_ROWS, _STEP = 256, 64
+# Lengths whose ranges and masks are kept.
+_KEPT_LENGTHS = 8
+# Masks of strips are kept up to this many elements for one length.
+_KEPT_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class StripsKernel:
+    """See the module's docstring."""
+
+    name: str = "strips"
+    compiles: bool = False
+
+    def refusal(self, problem: Problem) -> str | None:
+        spec = problem.spec
+        if problem.device != "cpu":
+            return "only on the CPU"
+        if problem.requires_grad:
+            return "no backward yet"
+        if spec.dropout_p > 0:
+            return "no dropout"
+        for expression in (spec.score, spec.mask, spec.sink):
+            if expression is not None and not is_printable(expression):
+                return f"no code for {expression}"
+        return None
+
+    def cost(self, problem: Problem) -> float:
+        """The work of the ranges, with what a mask and a bias by strips add."""
+        shape, spec = problem.shape, problem.spec
+        batch, rows, columns = shape.hints
+        ranges = key_ranges(spec.mask, rows, columns, problem.param_hints)
+        attended = sum((last - first) * count for _, count, first, last in ranges)
+        work = 2.0 * batch * shape.heads * attended * (shape.head_dim + shape.value_dim)
+        if spec.bias is None or shape.head_dim != shape.value_dim:
+            return work * 3.0
+        return work * (1.15 if spec.bias == 0 else 1.5) + 2e4 * len(ranges)
+
+    def build(self, problem: Problem) -> Attention:
+        plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})
+
+        def attention(
+            q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
+        ) -> Any:
+            return torch.ops.adaattn.attention(
+                q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), plan
+            )
+
+        return attention
+
+
+# (first row, rows, first key, past the last key)
+Range = tuple[int, int, int, int]
+
+
+def key_ranges(mask: Any, rows: int, columns: int, params: Sequence[int]) -> list[Range]:
+    """The strips of rows, each with the range of keys that its rows may attend to."""
+    structure = block_structure(mask, rows, columns, _ROWS, _STEP, params)
+    seen = structure.partial | structure.full
+    ranges: list[Range] = []
+    for strip in range(seen.shape[0]):
+        blocks = seen[strip].nonzero()
+        start = strip * _ROWS
+        count = min(_ROWS, rows - start)
+        if blocks.numel() == 0:
+            ranges.append((start, count, 0, 0))
+            continue
+        first, last = int(blocks[0]) * _STEP, (int(blocks[-1]) + 1) * _STEP
+        ranges.append((start, count, first, min(last, columns)))
+    return ranges
+
+
+@functools.lru_cache(maxsize=None)
+def strips_runner(plan: str) -> StripsRunner:
+    """The runner of a plan, one for a process."""
+    return StripsRunner(AttentionSpec.deserialize(ast.literal_eval(plan)["spec"]))
+
+
+class StripsRunner:
+    """Computes a spec's attention, keeping the ranges and masks of the lengths that it has met."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+        self._lengths: dict[tuple[Any, ...], _Length] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        q_BHMD: torch.Tensor,
+        k_BGND: torch.Tensor,
+        v_BGNE: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+    ) -> torch.Tensor:
+        """[B,H,M,E], laid out as [B,M,H,E]."""
+        batch, heads, rows, _ = q_BHMD.shape
+        out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
+        length = self._length(rows, k_BGND.shape[2], tuple(params), q_BHMD.dtype)
+        for strip in length.ranges:
+            start, count, first, last = strip
+            target = out[:, :, start : start + count]
+            target.copy_(
+                self._strip(
+                    q_BHMD[:, :, start : start + count],
+                    k_BGND[:, :, first:last],
+                    v_BGNE[:, :, first:last],
+                    _Context(self.spec, strip, operands, params, length, v_BGNE),
+                )
+            )
+        return out
+
+    def _length(
+        self, rows: int, columns: int, params: tuple[int, ...], dtype: torch.dtype
+    ) -> _Length:
+        key = (rows, columns, params, dtype)
+        with self._lock:
+            length = self._lengths.get(key)
+        if length is None:
+            ranges = key_ranges(self.spec.mask, rows, columns, params)
+            length = _Length(rows, columns, ranges, {})
+            with self._lock:
+                while len(self._lengths) >= _KEPT_LENGTHS:
+                    del self._lengths[next(iter(self._lengths))]
+                self._lengths[key] = length
+        return length
+
+    def _strip(
+        self, q_BHRD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLE: torch.Tensor, at: _Context
+    ) -> torch.Tensor:
+        batch, heads, rows, _ = q_BHRD.shape
+        if k_BGLD.shape[2] == 0:
+            nothing = q_BHRD.new_zeros(batch, heads, rows, v_BGLE.shape[3])
+            return at.with_empty_rows(nothing, torch.zeros((), dtype=torch.bool))
+        keep = at.keep()
+        fused = self.spec.bias is not None and q_BHRD.shape[3] == v_BGLE.shape[3]
+        if not fused:
+            out, lse = _written_out(q_BHRD, k_BGLD, v_BGLE, keep, at)
+        else:
+            mask = at.additive_mask(keep, q_BHRD.dtype)
+            if mask is not None:
+                mask = mask.expand(
+                    batch if mask.shape[0] > 1 else 1, heads if mask.shape[1] > 1 else 1, rows, -1
+                )
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+                q_BHRD, k_BGLD, v_BGLE, 0.0, False, attn_mask=mask, scale=self.spec.scale
+            )
+        if self.spec.sink is not None:
+            return _with_sink(out, lse, at)
+        if self.spec.empty_row in (EmptyRow.UNIFORM, EmptyRow.NAN) and keep is not None:
+            return at.with_empty_rows(out, keep.any(-1, keepdim=True))
+        return out
+
+
+@dataclass(frozen=True)
+class _Length:
+    """What is known of one pair of lengths: strips, and masks that need no data."""
+
+    rows: int
+    columns: int
+    ranges: list[Range]
+    masks: dict[Range, torch.Tensor | None]
+
+    def kept_elements(self) -> int:
+        return sum(mask.numel() for mask in self.masks.values() if mask is not None)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """One strip: where it lies and what its expressions read."""
+
+    spec: AttentionSpec
+    strip: Range
+    operands: Sequence[torch.Tensor]
+    params: Sequence[int]
+    length: _Length
+    v_BGNE: torch.Tensor
+
+    def evaluated(self, expression: Any, more: dict[Any, Any] | None = None) -> torch.Tensor:
+        """An expression on the strip, with four axes."""
+        start, count, first, last = self.strip
+        device = self.v_BGNE.device
+        heads = self.v_BGNE.shape[1] * self.spec.group
+        values: dict[Any, Any] = {
+            b: torch.arange(self.v_BGNE.shape[0], device=device).reshape(-1, 1, 1, 1),
+            h: torch.arange(heads, device=device).reshape(-1, 1, 1),
+            q: torch.arange(start, start + count, device=device).reshape(-1, 1),
+            k: torch.arange(first, last, device=device),
+            M: self.length.rows,
+            N: self.length.columns,
+            **(more or {}),
+        }
+        value = evaluate_dense(expression, values, self.operands, self.params, partial=True)
+        tensor = torch.as_tensor(value, device=device)
+        return tensor[(None,) * (4 - tensor.dim()) + (...,)]
+
+    def keep(self) -> torch.Tensor | None:
+        """The strip's mask; None where all is attended."""
+        mask = self.spec.mask
+        if mask == sympy.true:
+            return None
+        if self.spec.masks_by_data or rank_of(mask) > 2:
+            return self.evaluated(mask)
+        if self.strip in self.length.masks:
+            return self.length.masks[self.strip]
+        keep: torch.Tensor | None = self.evaluated(mask)
+        assert keep is not None
+        if bool(keep.all()):
+            keep = None
+        if keep is None or self.length.kept_elements() + keep.numel() <= _KEPT_ELEMENTS:
+            self.length.masks[self.strip] = keep
+        return keep
+
+    def additive_mask(self, keep: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """Bias and mask as one float tensor for the fused kernel."""
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        if self.spec.bias == 0:
+            if keep is None:
+                return None
+            zero = torch.zeros((), dtype=kind)
+            return torch.where(keep, zero, float("-inf"))
+        bias = self.evaluated(self.spec.bias).to(kind)
+        return bias if keep is None else torch.where(keep, bias, float("-inf"))
+
+    def with_empty_rows(self, out: torch.Tensor, has_key: torch.Tensor) -> torch.Tensor:
+        """Rows without a key as the spec has them; out holds anything there."""
+        if bool(has_key.all()):
+            return out
+        if self.spec.empty_row is EmptyRow.NAN and self.spec.sink is None:
+            return torch.where(has_key, out, float("nan"))
+        if self.spec.empty_row is EmptyRow.UNIFORM and self.spec.sink is None:
+            mean = self.v_BGNE.mean(2, keepdim=True).repeat_interleave(self.spec.group, 1)
+            return torch.where(has_key, out, mean)
+        return torch.where(has_key, out, torch.zeros((), dtype=out.dtype))
+
+
+def _written_out(
+    q_BHRD: torch.Tensor,
+    k_BGLD: torch.Tensor,
+    v_BGLE: torch.Tensor,
+    keep: torch.Tensor | None,
+    at: _Context,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, log-sum-exp) with the strip's scores in memory, in float32 or better."""
+    spec = at.spec
+    kind = torch.float64 if q_BHRD.dtype == torch.float64 else torch.float32
+    keys = k_BGLD.repeat_interleave(spec.group, 1).transpose(-1, -2)
+    product = (q_BHRD @ keys).to(kind) * spec.scale
+    scores = at.evaluated(spec.score, {S: product})
+    if keep is not None:
+        scores = scores.masked_fill(~keep, float("-inf"))
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.softmax(scores, -1)
+    if keep is not None and spec.empty_row is not EmptyRow.IMPOSSIBLE:
+        weights = weights.masked_fill(torch.isneginf(lse)[..., None], 0.0)
+    return weights.to(v_BGLE.dtype) @ v_BGLE.repeat_interleave(spec.group, 1), lse
+
+
+def _with_sink(out: torch.Tensor, lse: torch.Tensor, at: _Context) -> torch.Tensor:
+    """The softmax that also counts the sink's logit."""
+    sink = at.evaluated(at.spec.sink).to(lse.dtype)
+    weight = torch.sigmoid(lse[..., None] - sink)
+    return (out * weight).to(out.dtype)
