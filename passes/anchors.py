@@ -7,6 +7,7 @@ softmax it ends at, in any of the ways that one is written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
-from adaattn_compiler.passes.canonicalize import getitem
-from adaattn_compiler.passes.index_map import NotAffine
+from adaattn_compiler.passes.canonicalize import getitem, meta_of
+from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access
 from adaattn_compiler.spec import Refusal
 
@@ -41,10 +42,14 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Probabilities:
-    """A softmax and what was peeled between it and the product with V."""
+    """A softmax and what was peeled between it and the product with V.
+
+    noise: random masks that no one else may need, as they are drawn anew.
+    """
 
     softmax: Softmax
     dropout_p: Any = 0.0
+    noise: tuple[fx.Node, ...] = ()
     zeroed_where: tuple[Access, ...] = field(default=())
 
 
@@ -70,68 +75,100 @@ def softmax_at(access: Access) -> Softmax | None:
         zero_rows = node.target is aten._safe_softmax.default
         dim = wrapped_dim(named["dim"], len(access.index))
         return Softmax(node, Access(named["self"], access.index), dim, "softmax", zero_rows)
-    if node.target is aten.div.Tensor:
-        return _exp_over_sum(access)
     if node.target is aten.exp.default:
         return _exp_of_log_softmax(access)
+    quotient = _quotient(access)
+    return None if quotient is None else _exp_over_sum(access, *quotient)
+
+
+def _quotient(access: Access) -> tuple[Access, Access] | None:
+    """(x, y) for `x / y` and `x * (1 / y)`."""
+    node = access.node
+    if node.target is aten.div.Tensor:
+        named = arguments(node)
+        if isinstance(named["other"], fx.Node):
+            return broadcast_access(access, named["self"]), broadcast_access(access, named["other"])
+    if node.target is aten.mul.Tensor:
+        named = arguments(node)
+        for kept, other in (("self", "other"), ("other", "self")):
+            if isinstance(named[kept], fx.Node) and isinstance(named[other], fx.Node):
+                inverse = peeled(broadcast_access(access, named[other]))
+                if inverse.node.target is aten.reciprocal.default:
+                    below = Access(arguments(inverse.node)["self"], inverse.index)
+                    return broadcast_access(access, named[kept]), below
     return None
 
 
-def _through_casts(node: fx.Node) -> fx.Node:
-    while node.target in (aten._to_copy.default, aten.clone.default, aten.alias.default):
-        node = arguments(node)["self"]
-    return node
-
-
-def _exp_over_sum(access: Access) -> Softmax | None:
-    """`e / e.sum(dim, keepdim=True)` with e = exp(scores)."""
-    named = arguments(access.node)
-    numerator, denominator = named["self"], named["other"]
-    if not isinstance(denominator, fx.Node):
+def _exp_over_sum(access: Access, numerator: Access, denominator: Access) -> Softmax | None:
+    """`e / e.sum(dim)` with e = exp(scores)."""
+    exponential, total = peeled(numerator), peeled(denominator)
+    if exponential.node.target is not aten.exp.default:
         return None
-    total = _through_casts(_through_expand(denominator))
-    if total.target is not aten.sum.dim_IntList:
+    summed = _reduced(total, aten.sum.dim_IntList)
+    dim = None if summed is None else _only_reduced_dim(exponential, summed)
+    if dim is None:
         return None
-    summed = arguments(total)
-    exponential = _through_casts(numerator)
-    if (
-        _through_casts(summed["self"]) is not exponential
-        or exponential.target is not aten.exp.default
-    ):
-        return None
-    if len(summed["dim"] or []) != 1 or not summed["keepdim"]:
-        return None
-    dim = wrapped_dim(summed["dim"][0], len(access.index))
-    scores = Access(arguments(exponential)["self"], access.index)
+    scores = Access(arguments(exponential.node)["self"], exponential.index)
     return Softmax(access.node, scores, dim, "exp/sum")
-
-
-def _through_expand(node: fx.Node) -> fx.Node:
-    while node.target is aten.expand.default:
-        node = arguments(node)["self"]
-    return node
 
 
 def _exp_of_log_softmax(access: Access) -> Softmax | None:
     """`exp(log_softmax(s))` and `exp(s - logsumexp(s))`."""
-    inner = _through_casts(arguments(access.node)["self"])
-    if inner.target is aten._log_softmax.default:
-        named = arguments(inner)
-        dim = wrapped_dim(named["dim"], len(access.index))
-        return Softmax(access.node, Access(named["self"], access.index), dim, "exp(log_softmax)")
-    if inner.target is not aten.sub.Tensor:
+    inner = peeled(Access(arguments(access.node)["self"], access.index))
+    if inner.node.target is aten._log_softmax.default:
+        named = arguments(inner.node)
+        dim: int | None = wrapped_dim(named["dim"], len(inner.index))
+        assert dim is not None
+        scores = Access(named["self"], inner.index)
+        return Softmax(access.node, scores, dim, "exp(log_softmax)")
+    if inner.node.target is not aten.sub.Tensor:
         return None
-    named = arguments(inner)
+    named = arguments(inner.node)
     if not isinstance(named["other"], fx.Node) or named["alpha"] != 1:
         return None
-    total = _through_casts(_through_expand(named["other"]))
-    if total.target is not aten.logsumexp.default:
+    total = peeled(broadcast_access(inner, named["other"]))
+    scores = peeled(broadcast_access(inner, named["self"]))
+    summed = _reduced(total, aten.logsumexp.default)
+    dim = None if summed is None else _only_reduced_dim(scores, summed)
+    return None if dim is None else Softmax(access.node, scores, dim, "exp(s - logsumexp)")
+
+
+_REDUCED = "reduced"
+
+
+def _reduced(access: Access, target: Any) -> Access | None:
+    """What a reduction along one dimension reads, over an axis of its own; None for another op."""
+    if access.node.target is not target:
         return None
-    summed = arguments(total)
-    if summed["self"] is not named["self"] or len(summed["dim"]) != 1 or not summed["keepdim"]:
+    named = arguments(access.node)
+    shape = meta_of(named["self"]).shape
+    if len(named["dim"] or []) != 1:
         return None
-    dim = wrapped_dim(summed["dim"][0], len(access.index))
-    return Softmax(access.node, Access(named["self"], access.index), dim, "exp(s - logsumexp)")
+    dim = wrapped_dim(named["dim"][0], len(shape))
+    index = list(access.index)
+    if named["keepdim"]:
+        del index[dim]
+    index.insert(dim, Index.of_axis(Axis(_REDUCED, shape[dim])))
+    return peeled(Access(named["self"], tuple(index)))
+
+
+def _only_reduced_dim(element: Access, reduced: Access) -> int | None:
+    """The dimension along which `reduced` runs through all of the tensor that `element` is of.
+
+    None where it does not, or is elsewhere in any other dimension.
+    """
+    if element.node is not reduced.node:
+        return None
+    differ = [
+        d
+        for d, pair in enumerate(zip(element.index, reduced.index, strict=True))
+        if pair[0] != pair[1]
+    ]
+    if len(differ) != 1:
+        return None
+    (dim,) = differ
+    whole = Index.of_axis(Axis(_REDUCED, meta_of(element.node).shape[dim]))
+    return dim if reduced.index[dim] == whole else None
 
 
 def _dropout(access: Access) -> Probabilities | None:
@@ -146,32 +183,40 @@ def _dropout(access: Access) -> Probabilities | None:
         ):
             named = arguments(parent)
             below = probabilities_below(Access(named["input"], access.index))
-            active = named["train"] is not False
-            return below and replace(below, dropout_p=named["p"] if active else below.dropout_p)
+            drops = named["train"] is not False
+            masks = [user for user in parent.users if user.args[1] == 1]
+            return _dropped(below, named["p"], masks) if drops else below
         return None
     if node.target is not aten.mul.Tensor:
         return None
     named = arguments(node)
     for kept, mask in (("self", "other"), ("other", "self")):
         if isinstance(named[mask], fx.Node) and isinstance(named[kept], fx.Node):
-            keep_p = _bernoulli(named[mask])
-            if keep_p is not None:
+            noise = _bernoulli(named[mask])
+            if noise is not None and meta_of(noise).shape == meta_of(node).shape:
                 below = probabilities_below(broadcast_access(access, named[kept]))
-                return below and replace(below, dropout_p=round(1.0 - keep_p, 12))
+                return _dropped(below, round(1.0 - arguments(noise)["p"], 12), [noise])
     return None
 
 
-def _bernoulli(node: fx.Node) -> float | None:
-    """The probability p of a mask `bernoulli(p) / p`; None for any other tensor."""
+def _dropped(below: Probabilities | None, p: Any, noise: Sequence[fx.Node]) -> Probabilities | None:
+    """Probabilities of which a part is dropped; Refusal where one was dropped before."""
+    if below is not None and below.dropout_p != 0:
+        raise Refusal("probabilities that are dropped twice", below.softmax.node)
+    return below and replace(below, dropout_p=p, noise=(*below.noise, *noise))
+
+
+def _bernoulli(node: fx.Node) -> fx.Node | None:
+    """The noise of a mask `bernoulli(p) / p`; None for any other tensor."""
     if node.target not in (aten.div.Scalar, aten.div.Tensor):
         return None
     named = arguments(node)
-    noise = named["self"]
+    noise: fx.Node = named["self"]
     if noise.target is not aten.bernoulli.p:
         return None
     p = arguments(noise)["p"]
     same = isinstance(named["other"], (int, float)) and named["other"] == p
-    return float(p) if same else None
+    return noise if same and isinstance(p, float) else None
 
 
 def _zeroed(access: Access) -> Probabilities | None:
@@ -184,21 +229,6 @@ def _zeroed(access: Access) -> Probabilities | None:
         below = probabilities_below(broadcast_access(access, named["self"]))
         mask = broadcast_access(access, named["mask"])
         return below and replace(below, zeroed_where=(*below.zeroed_where, mask))
-    return None
-
-
-def blocked_softmax(access: Access, steps: int = 12) -> Refusal | None:
-    """Why a product whose operand seems to come from a softmax is not one of probabilities."""
-    pending, seen = [access.node], 0
-    while pending and seen < steps:
-        node = pending.pop(0)
-        seen += 1
-        if node.target in SOFTMAXES:
-            return Refusal(
-                f"{access.node.target} between softmax and the product with V", access.node
-            )
-        if node.op == "call_function":
-            pending.extend(n for n in node.all_input_nodes if "tensor" in n.meta)
     return None
 
 

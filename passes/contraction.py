@@ -11,8 +11,9 @@ from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
 from adaattn_compiler.passes.canonicalize import meta_of
+from adaattn_compiler.passes.element import POINTWISE, SCORE_OPS
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
-from adaattn_compiler.passes.views import Access, broadcast_access, input_access
+from adaattn_compiler.passes.views import Access, broadcast_access, input_access, is_view
 
 aten = torch.ops.aten
 
@@ -91,28 +92,6 @@ def _sum_of_products(access: Access, name: str) -> Contraction | None:
     )
 
 
-# Ops that a score may pass between the product and the softmax, and the operands it may be.
-_SPINE: dict[Any, tuple[str, ...]] = {
-    aten.add.Tensor: ("self", "other"),
-    aten.sub.Tensor: ("self", "other"),
-    aten.mul.Tensor: ("self", "other"),
-    aten.div.Tensor: ("self",),
-    aten.mul.Scalar: ("self",),
-    aten.div.Scalar: ("self",),
-    aten.add.Scalar: ("self",),
-    aten.rsub.Scalar: ("self",),
-    aten.tanh.default: ("self",),
-    aten.where.self: ("self", "other"),
-    aten.masked_fill.Scalar: ("self",),
-    aten.masked_fill.Tensor: ("self",),
-    aten.maximum.default: ("self", "other"),
-    aten.clamp.default: ("self",),
-    aten.clamp_min.default: ("self",),
-    aten.baddbmm.default: ("self",),
-    aten.addmm.default: ("self",),
-}
-
-
 def products_below(scores: Access, over: str) -> Iterator[tuple[Access, Contraction]]:
     """The products that an element of the scores may come from, nearest first.
 
@@ -136,13 +115,7 @@ def products_below(scores: Access, over: str) -> Iterator[tuple[Access, Contract
         if below is not None:
             pending.append(below)
             continue
-        names = _SPINE.get(access.node.target, ())
-        named = arguments(access.node) if names else {}
-        pending.extend(
-            broadcast_access(access, named[name])
-            for name in names
-            if isinstance(named[name], fx.Node)
-        )
+        pending.extend(_operands(access, SCORE_OPS))
 
 
 def scores_accesses(scores: Access, product_node: fx.Node) -> list[Access]:
@@ -165,31 +138,42 @@ def scores_accesses(scores: Access, product_node: fx.Node) -> list[Access]:
         if below is not None:
             pending.append(below)
             continue
-        if access.node.target in _SPINE or access.node.target in _SIDES:
-            named = arguments(access.node)
-            pending.extend(
-                broadcast_access(access, value)
-                for value in named.values()
-                if isinstance(value, fx.Node)
-            )
+        pending.extend(_operands(access, POINTWISE))
     return visited
 
 
-# Ops inside a mask or bias, which say nothing new about axes but lead to what does.
-_SIDES: frozenset[Any] = frozenset(
-    {
-        aten.bitwise_and.Tensor,
-        aten.bitwise_or.Tensor,
-        aten.logical_and.default,
-        aten.logical_or.default,
-        aten.le.Tensor,
-        aten.lt.Tensor,
-        aten.ge.Tensor,
-        aten.gt.Tensor,
-        aten.eq.Tensor,
-        aten.ne.Tensor,
-    }
-)
+def _operands(access: Access, followed: frozenset[Any]) -> list[Access]:
+    """The elements that an element of a pointwise op (or a product's addend) is computed from."""
+    node = access.node
+    if node.target in (aten.baddbmm.default, aten.addmm.default):
+        return [broadcast_access(access, arguments(node)["self"])]
+    if node.target not in followed:
+        return []
+    return [
+        broadcast_access(access, value)
+        for value in arguments(node).values()
+        if isinstance(value, fx.Node)
+    ]
+
+
+def obstacle(scores: fx.Node) -> fx.Node | None:
+    """The op between the scores and the nearest product above them that is not followed.
+
+    None where no product is above them at all.
+    """
+    pending: list[tuple[fx.Node, fx.Node | None]] = [(scores, None)]
+    seen: set[fx.Node] = set()
+    while pending:
+        node, first = pending.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_contraction(node):
+            return first or node
+        followed = is_view(node) or node.target in SCORE_OPS
+        first = first if followed or first is not None else node
+        pending.extend((above, first) for above in node.all_input_nodes)
+    return None
 
 
 class Spine:

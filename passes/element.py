@@ -18,15 +18,16 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
 from adaattn_compiler.passes.buffers import as_expression
 from adaattn_compiler.passes.canonicalize import CanonicalView, getitem, meta_of
-from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
-from adaattn_compiler.passes.views import Access, broadcast_access, input_access
-from adaattn_compiler.spec import Load, Refusal, Where, k, q
+from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, is_less
+from adaattn_compiler.passes.views import Access, broadcast_access, input_access, paddings
+from adaattn_compiler.spec import POSITIONS, Load, Refusal, Where, k, q
 
 aten = torch.ops.aten
 
@@ -129,17 +130,22 @@ class ElementReader:
         if access.node in self.stops:
             return self.stops[access.node]
         try:
-            below = self._below(access)
-            if below is not None:
-                return self._converted(access.node, below)
-            if access.node.target is getitem:
-                return _item(self, access, {})
-            reader = _READERS.get(access.node.target)
-            if reader is None:
-                return self.load(access)
-            return reader(self, access, arguments(access.node))
+            return settled(self._understood(access), meta_of(access.node).dtype)
         except (NotAffine, Unreadable, Refusal):
             return self.load(access)
+
+    def _understood(self, access: Access) -> Any:
+        below = self._below(access)
+        if below is not None:
+            return self._converted(access.node, below)
+        if access.node.target is getitem:
+            return _item(self, access, {})
+        reader = _READERS.get(access.node.target)
+        return self.load(access) if reader is None else reader(self, access, arguments(access.node))
+
+    def is_row_statistic(self, access: Access) -> bool:
+        """Whether a reduction of something is the same for every key of a row of scores."""
+        return not any(self.row_axis in position.axes for position in access.index)
 
     def _below(self, access: Access) -> Access | None:
         """The same element in a view's input; a seam of a `cat` is left to its reader."""
@@ -161,6 +167,8 @@ class ElementReader:
         element = as_number(element)
         if source.is_floating_point and not target.is_floating_point:
             return lifted(Trunc, element)
+        if not _holds_integers(target) and element.has(*POSITIONS):
+            raise Unreadable(f"positions rounded to {target}")
         return element
 
     def index_of(self, element: sympy.Expr) -> Index:
@@ -228,6 +236,34 @@ def lifted(function: Callable[..., Any], *operands: Any) -> Any:
             sympy.And(condition, branches[0]), sympy.And(sympy.Not(condition), branches[1])
         )
     return Where(condition, *(as_number(branch) for branch in branches))
+
+
+def settled(element: Any, dtype: torch.dtype) -> Any:
+    """The element as its dtype has it: numbers past its range are infinite, none is NaN.
+
+    A choice among summands keeps its numbers inside: `2 * Where(c, 0, v)` is `Where(c, 0, 2 * v)`.
+    """
+    if is_condition(element) or not dtype.is_floating_point:
+        return element
+    if element.has(sympy.nan, sympy.zoo):
+        raise Unreadable("NaN")
+    if isinstance(element, sympy.Add):
+        return sympy.Add(*(settled(term, dtype) for term in element.args))
+    if isinstance(element, sympy.Mul) and any(isinstance(f, Where) for f in element.args):
+        element = lifted(sympy.Mul, *element.args)
+        if isinstance(element, sympy.Mul):
+            return element
+    if isinstance(element, Where):
+        condition, x, y = element.args
+        return Where(condition, settled(x, dtype), settled(y, dtype))
+    if element.is_Number and element.is_finite and abs(element) > torch.finfo(dtype).max:
+        return sympy.oo * sympy.sign(element)
+    return element
+
+
+def _holds_integers(dtype: torch.dtype) -> bool:
+    """Whether every position there can be (below 2**24) is a number of this dtype."""
+    return dtype not in (torch.float16, torch.bfloat16)
 
 
 def _number(value: Any) -> Any:
@@ -311,7 +347,10 @@ def _comparison(relation: Callable[[Any, Any], Any]) -> _Reader:
                 return ~(x ^ y)
             if relation is sympy.Ne:
                 return x ^ y
-        return lifted(relation, as_number(x), as_number(y))
+        x, y = as_number(x), as_number(y)
+        if x == y and not x.is_number and not x.is_integer:
+            raise Unreadable("a comparison that tells NaN")
+        return lifted(relation, x, y)
 
     return read
 
@@ -373,6 +412,8 @@ def _filled(value: str | int | bool | float) -> _Reader:
 
 
 def _arange(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    if not _holds_integers(meta_of(access.node).dtype):
+        raise Unreadable("positions that are rounded")
     start = as_number(_number(named.get("start", 0)))
     step = as_number(_number(named.get("step", 1)))
     return start + step * access.index[0].expression(reader.axes)
@@ -435,13 +476,9 @@ def _index_select(reader: ElementReader, access: Access, named: dict[str, Any]) 
 
 
 def _row_statistic(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
-    """A maximum or log-sum-exp along the keys: the same for all of a row."""
-    dims = named["dim"]
-    dims = [dims] if isinstance(dims, int) else list(dims or [])
-    if len(dims) != 1 or not named.get("keepdim"):
-        raise Unreadable("a reduction that is not along one kept dimension")
-    if any(reader.row_axis in position.axes for position in access.index):
-        raise Unreadable("a reduction that still depends on the key")
+    """A maximum or log-sum-exp of scores along their keys (or more): the same for all of a row."""
+    if not reader.is_row_statistic(access):
+        raise Unreadable("a reduction that is not the same for every key")
     return RowStatistic(
         sympy.Symbol(access.node.name), *(p.expression(reader.axes) for p in access.index)
     )
@@ -484,6 +521,16 @@ def _cat(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
     return rest
 
 
+def _padded(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
+    """An element of the padding; what is inside has been read as a view by now."""
+    for position, size, (before, _) in zip(
+        access.index, meta_of(named["self"]).shape, paddings(named, len(access.index)), strict=True
+    ):
+        if is_less(position.largest, before) or (position.constant - size - before).is_nonnegative:
+            return as_number(_number(named["value"]))
+    raise Unreadable("an index that runs over the seam of a padding")
+
+
 def _inexact(name: str) -> _Reader:
     """A transcendental function: told apart and compared, never computed again from its name."""
     function = sympy.Function(f"{INEXACT}{name}", real=True)
@@ -503,10 +550,29 @@ def _inexact(name: str) -> _Reader:
 
 
 def is_exact(element: Any) -> bool:
-    """Whether an expression can be computed anew, in any order, with the same result in meaning."""
-    return not any(str(f.func).startswith(INEXACT) for f in element.atoms(sympy.Function)) and not (
-        element.has(Trunc, RowStatistic)
+    """Whether an expression can be computed anew, in any order, with the same result in meaning.
+
+    In a condition, what is computed of positions must be integers throughout: `k / 3.0 >= 2.0` may
+    be decided by a rounding. (Quotients of integers may be floored: they are too far from the next
+    integer for that.)
+    """
+    if any(str(f.func).startswith(INEXACT) for f in element.atoms(sympy.Function)):
+        return False
+    if element.has(Trunc, RowStatistic):
+        return False
+    return all(
+        _is_of_integers(relation) for relation in element.atoms(Relational) if relation.has(q, k)
     )
+
+
+def _is_of_integers(relation: Any) -> bool:
+    if relation.has(sympy.Float):
+        return False
+    if any(not f.args[0].as_numer_denom()[1].is_Integer for f in relation.atoms(sympy.floor)):
+        return False
+    number = sympy.Dummy(integer=True)
+    whole = relation.replace(Load, lambda *_: number)
+    return all(side.is_integer for side in (whole.args or ()))
 
 
 _BINARY = ("self", "other")
@@ -572,12 +638,17 @@ _register(_triangle(lambda offset, diagonal: offset >= diagonal), aten.triu.defa
 _register(_indexed, aten.index.Tensor)
 _register(_embedding, aten.embedding.default)
 _register(_index_select, aten.index_select.default)
-_register(_row_statistic, aten.amax.default, aten.logsumexp.default)
+_register(_row_statistic, aten.amax.default, aten.max.default, aten.logsumexp.default)
+_register(_padded, aten.constant_pad_nd.default)
 _register(_cumsum, aten.cumsum.default)
 _register(_cat, aten.cat.default)
-for _name in ("log", "exp", "sqrt", "rsqrt", "log2", "sigmoid"):
-    _register(_inexact(_name), getattr(aten, _name).default)
-_register(_inexact("pow"), aten.pow.Tensor_Scalar, aten.pow.Scalar, aten.pow.Tensor_Tensor)
+_TRANSCENDENTAL: dict[Any, str] = {
+    **{getattr(aten, name).default: name for name in ("log", "exp", "sqrt", "rsqrt", "log2")},
+    aten.sigmoid.default: "sigmoid",
+    **dict.fromkeys((aten.pow.Scalar, aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor), "pow"),
+}
+for _target, _name in _TRANSCENDENTAL.items():
+    _register(_inexact(_name), _target)
 
 # Ops whose result at an element needs no more than its operands there.
 POINTWISE: frozenset[Any] = frozenset(
@@ -592,3 +663,6 @@ POINTWISE: frozenset[Any] = frozenset(
         *("sigmoid", "pow", "logical_xor", "bitwise_xor"),
     }
 )
+
+# Those of them that a score may pass through.
+SCORE_OPS: frozenset[Any] = POINTWISE - frozenset(_TRANSCENDENTAL)

@@ -117,11 +117,16 @@ def chosen_operand(
 
 
 def is_direct(index: Sequence[Index], sizes: Sequence[sympy.Expr], target: Sequence[Index]) -> bool:
-    """Whether each dimension is one of the wanted axes (or of size 1) and none occurs twice."""
-    if any(p == Index() and size != 1 for p, size in zip(index, sizes, strict=True)):
+    """Whether each dimension is all of a wanted axis (or of size 1) and none occurs twice."""
+    if any(sympy.expand(extent_of(p) - s) != 0 for p, s in zip(index, sizes, strict=True)):
         return False
     used = [position for position in index if position != Index()]
     return len(set(used)) == len(used) and all(position in target for position in used)
+
+
+def extent_of(index: Index) -> sympy.Expr:
+    """How many values an index takes that is made of digits."""
+    return sympy.expand(sympy.Mul(*(digit.extent for digit, _ in index.terms)))
 
 
 def _is_whole(access: Access, target: Sequence[Index]) -> bool:

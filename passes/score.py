@@ -4,11 +4,16 @@
 product q . k, and parts it: conditions that shut a key out become the mask, the numeric factor of
 the product becomes the scale, values that are the same for a whole row are dropped (softmax does
 not see them), the rest is the score.
+
+A key is shut out by -inf, or by a finite number so low that no score is seen beside it. As long as
+a row has another key the two are the same. Where a row may have none, they are not: see
+Note [Rows without a key].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -23,52 +28,105 @@ RAW = sympy.Symbol("q_dot_k", real=True)
 # A finite fill at or below this shuts a key out as surely as -inf: a score would have to be of this
 # size to be seen beside it. (Half precision has no room for it: there it is finfo.min.)
 _SURELY_OUT = -1e9
+# A number that a score is lost in when it is added, in float32 and in float64.
+_ABSORBS = -1e24
+
+# Note [Rows without a key]
+#
+# What a row yields in which every key is shut out depends on how they are:
+#   all by -inf                           NaN (SDPA: zero)
+#   all filled with one finite number     the mean of V: all scores are the same
+#   a low number added                    the same if the scores are lost in it; else as unmasked
+#   by several numbers                    the mean over the keys with the greatest of them
+# The last, and a number in which scores are not lost, is no meaning that a spec has. There only
+# the conditions for -inf become the mask, which hold whatever else does; the finite numbers stay in
+# the score as they are written, and a row yields what they make of it.
 
 
 @dataclass(frozen=True)
 class ScoreParts:
     """score is over S, the scaled product; factor multiplies the product beside scale (ONE or not
-    a number)."""
+    a number); row_terms is what was dropped as the same for a whole row."""
 
     scale: float
     factor: sympy.Expr
     score: sympy.Expr
     mask: Boolean
     empty_row: EmptyRow
+    row_terms: sympy.Expr
 
 
 @dataclass(frozen=True)
-class _Hard:
-    """A condition for a key to be attended, and how the others are shut out."""
+class _Shut:
+    """A condition for a key to be attended, and the number by which the others are shut out."""
 
     keep: Boolean
     value: Any
     added: bool
 
 
-def score_parts(element: sympy.Expr, dtype: torch.dtype, zero_rows: bool) -> ScoreParts:
-    """See the module's docstring. dtype is that of the softmax's argument.
+def score_parts(
+    element: sympy.Expr,
+    dtype: torch.dtype,
+    zero_rows: bool,
+    has_key: Callable[[Any], bool] = lambda mask: bool(mask == sympy.true),
+) -> ScoreParts:
+    """See the module's docstring. dtype is the narrowest that the scores pass through; has_key
+    tells whether a mask surely leaves every row a key.
 
     Raises Refusal where the product is not in the element, or not as a factor that is understood.
     """
-    soft, hard = _stripped(element, dtype)
-    if len({item.added for item in hard}) > 1 and len(hard) > 1:
-        hard, soft = _only_infinite(element, dtype)
-    elif sum(item.added for item in hard) > 1 and any(item.value != -sympy.oo for item in hard):
-        # Two finite minima added are -inf in float32: rows with no key would change their meaning.
-        hard, soft = _only_infinite(element, dtype)
-    soft = without_row_statistics(soft)
-    scale, factor, score = _unscaled(soft)
-    mask = sympy.And(*(item.keep for item in hard))
-    return ScoreParts(scale, factor, score, mask, _empty_row(hard, zero_rows))
+    rest, shut = _stripped(element, dtype)
+    empty_row = EmptyRow.IMPOSSIBLE
+    if not has_key(_kept(shut)):
+        if not _is_uniform(shut, dtype):
+            _check_sums(shut, dtype, has_key)
+            rest, shut = _without_infinities(element, dtype, sympy.false)
+            rest = _with_product_outside(rest)
+        empty_row = _empty_row(shut, zero_rows)
+    mask = _kept(shut)
+    if mask.has(RAW):
+        raise Refusal("a mask that depends on the scores")
+    rest, row_terms = without_row_statistics(rest)
+    scale, factor, score = _unscaled(rest)
+    return ScoreParts(scale, factor, score, mask, empty_row, row_terms)
 
 
-def _empty_row(hard: list[_Hard], zero_rows: bool) -> EmptyRow:
-    if not hard:
+def _kept(shut: Sequence[_Shut]) -> Boolean:
+    return sympy.And(*(item.keep for item in shut))
+
+
+def _is_uniform(shut: Sequence[_Shut], dtype: torch.dtype) -> bool:
+    """Whether a row without a key has one meaning, by Note [Rows without a key]."""
+    values = {item.value for item in shut}
+    if values <= {-sympy.oo}:
+        return True
+    if len(values) > 1:
+        return False
+    if not any(item.added for item in shut):
+        return True
+    (value,) = values
+    lost = value <= _ABSORBS or value <= 0.99 * torch.finfo(dtype).min
+    return len(shut) == 1 and bool(lost)
+
+
+def _check_sums(shut: Sequence[_Shut], dtype: torch.dtype, has_key: Callable[[Any], bool]) -> None:
+    """Refuse masks that are -inf together, though not alone, where that may fill a row."""
+    finite = [item for item in shut if item.value != -sympy.oo]
+    total = sum(item.value for item in finite)
+    if total < torch.finfo(dtype).min and not has_key(sympy.Or(*(item.keep for item in finite))):
+        raise Refusal("masks whose sum overflows, in rows without a key")
+
+
+def _empty_row(shut: Sequence[_Shut], zero_rows: bool) -> EmptyRow:
+    if not shut:
         return EmptyRow.IMPOSSIBLE
-    if any(item.value == -sympy.oo for item in hard):
+    if any(item.value == -sympy.oo for item in shut):
         return EmptyRow.ZERO if zero_rows else EmptyRow.NAN
     return EmptyRow.UNIFORM
+
+
+# -- conditions ------------------------------------------------------------------------------------
 
 
 def _is_out(value: sympy.Expr, dtype: torch.dtype) -> bool:
@@ -80,71 +138,104 @@ def _is_out(value: sympy.Expr, dtype: torch.dtype) -> bool:
     return bool(value <= _SURELY_OUT) or bool(value <= 0.99 * torch.finfo(dtype).min)
 
 
-def _stripped(element: sympy.Expr, dtype: torch.dtype) -> tuple[sympy.Expr, list[_Hard]]:
+def _choice(element: Any, dtype: torch.dtype) -> tuple[Boolean, Any, Any] | None:
+    """(keep, x, value) for an element that is x where a key is kept and a low number elsewhere."""
+    if not isinstance(element, Where):
+        return None
+    condition, x, y = element.args
+    if _is_out(y, dtype):
+        return condition, x, y
+    return (sympy.Not(condition), y, x) if _is_out(x, dtype) else None
+
+
+def _stripped(element: sympy.Expr, dtype: torch.dtype) -> tuple[sympy.Expr, list[_Shut]]:
     """The element without the conditions at its outside, and those."""
-    if isinstance(element, Where):
-        condition, x, y = element.args
-        if _is_out(y, dtype):
-            rest, hard = _stripped(x, dtype)
-            return rest, [_Hard(condition, y, added=False), *hard]
-        if _is_out(x, dtype):
-            rest, hard = _stripped(y, dtype)
-            return rest, [_Hard(sympy.Not(condition), x, added=False), *hard]
-        return element, []
+    choice = _choice(element, dtype)
+    if choice is not None:
+        keep, x, value = choice
+        rest, shut = _stripped(x, dtype)
+        return rest, [_Shut(keep, value, added=False), *shut]
     if isinstance(element, sympy.Max):
         return _stripped_maximum(element, dtype)
     if isinstance(element, sympy.Add):
-        rest, hard = [], []
+        rests, shut = [], []
         for term in element.args:
-            left, keeps = _stripped_term(term, dtype)
-            rest.append(left)
-            hard += keeps
-        return sympy.Add(*rest), hard
+            rest, items = _stripped(term, dtype)
+            rests.append(rest)
+            shut += items if term.has(RAW) else [replace(item, added=True) for item in items]
+        return sympy.Add(*rests), shut
     return element, []
 
 
-def _stripped_term(term: sympy.Expr, dtype: torch.dtype) -> tuple[sympy.Expr, list[_Hard]]:
-    """A summand `Where(c, x, -inf)` as x and the condition c."""
-    if isinstance(term, Where) and not term.has(RAW):
-        condition, x, y = term.args
-        if _is_out(y, dtype):
-            rest, hard = _stripped_term(x, dtype)
-            return rest, [_Hard(condition, y, added=True), *hard]
-        if _is_out(x, dtype):
-            rest, hard = _stripped_term(y, dtype)
-            return rest, [_Hard(sympy.Not(condition), x, added=True), *hard]
-    return term, []
-
-
-def _stripped_maximum(element: sympy.Expr, dtype: torch.dtype) -> tuple[sympy.Expr, list[_Hard]]:
+def _stripped_maximum(element: sympy.Expr, dtype: torch.dtype) -> tuple[sympy.Expr, list[_Shut]]:
     """max(scores, finfo.min): -inf becomes the minimum, so an empty row is uniform."""
     floors = [arg for arg in element.args if arg.is_number and _is_out(arg, dtype)]
     rest = [arg for arg in element.args if arg not in floors]
-    if not floors or len(rest) != 1:
+    if len(floors) != 1 or len(rest) != 1:
         return element, []
-    inner, hard = _stripped(rest[0], dtype)
-    return inner, [_Hard(item.keep, floors[0], item.added) for item in hard]
+    inner, shut = _stripped(rest[0], dtype)
+    return inner, [_Shut(item.keep, floors[0], added=False) for item in shut]
 
 
-def _only_infinite(element: sympy.Expr, dtype: torch.dtype) -> tuple[list[_Hard], sympy.Expr]:
-    """No condition taken out: the masks stay in the score as they are written."""
-    return [], element
+def _without_infinities(
+    element: sympy.Expr, dtype: torch.dtype, unless: Boolean
+) -> tuple[sympy.Expr, list[_Shut]]:
+    """The element without the conditions for -inf, and those.
+
+    unless: where a finite number is filled in from outside, whatever the element is.
+    """
+    choice = _choice(element, dtype)
+    if choice is not None:
+        keep, x, value = choice
+        if value == -sympy.oo:
+            rest, shut = _without_infinities(x, dtype, unless)
+            return rest, [_Shut(sympy.Or(keep, unless), value, added=False), *shut]
+        rest, shut = _without_infinities(x, dtype, sympy.Or(unless, sympy.Not(keep)))
+        return Where(keep, rest, value), shut
+    if isinstance(element, sympy.Add):
+        parts = [_without_infinities(term, dtype, unless) for term in element.args]
+        return sympy.Add(*(rest for rest, _ in parts)), [s for _, items in parts for s in items]
+    return element, []
 
 
-def without_row_statistics(score: sympy.Expr) -> sympy.Expr:
-    """Without summands that are a maximum or log-sum-exp of the row."""
-    kept = [
+def _with_product_outside(element: sympy.Expr) -> sympy.Expr:
+    """`Where(c, S + x, v)` as `S + Where(c, x, v)`, where any score is lost in v."""
+    product, rest = _parted(element)
+    return element if product is None else product + rest
+
+
+def _parted(element: sympy.Expr) -> tuple[sympy.Expr | None, sympy.Expr]:
+    """(the summand with the product, the rest); (None, _) where they cannot be parted."""
+    if isinstance(element, Where):
+        condition, x, y = element.args
+        if not (y.is_number and y <= _ABSORBS) or condition.has(RAW):
+            return None, element
+        product, rest = _parted(x)
+        return product, Where(condition, rest, y)
+    if isinstance(element, sympy.Add):
+        having = [term for term in element.args if term.has(RAW)]
+        if len(having) != 1:
+            return None, element
+        product, rest = _parted(having[0])
+        return product, sympy.Add(rest, *(term for term in element.args if term not in having))
+    return (element, sympy.Integer(0)) if element.has(RAW) else (None, element)
+
+
+# -- summands and factors --------------------------------------------------------------------------
+
+
+def without_row_statistics(score: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(the score without summands that are a maximum or log-sum-exp of the row, those)."""
+    dropped = [
         term
         for term in sympy.Add.make_args(score)
-        if not (
-            term.has(RowStatistic)
-            and all(isinstance(f, RowStatistic) or f.is_number for f in sympy.Mul.make_args(term))
-        )
+        if term.has(RowStatistic)
+        and all(isinstance(f, RowStatistic) or f.is_number for f in sympy.Mul.make_args(term))
     ]
-    score = sympy.Add(*kept)
-    if score.has(RowStatistic):
+    rest = sympy.Add(*(term for term in sympy.Add.make_args(score) if term not in dropped))
+    if rest.has(RowStatistic):
         raise Refusal("a row's maximum used in an unknown way")
-    return score
+    return rest, sympy.Add(*dropped)
 
 
 def _unscaled(score: sympy.Expr) -> tuple[float, sympy.Expr, sympy.Expr]:
@@ -164,6 +255,8 @@ def _unscaled(score: sympy.Expr) -> tuple[float, sympy.Expr, sympy.Expr]:
         raise Refusal("scores in which the product of Q and K occurs with two factors")
     (whole,) = factors
     number, factor = whole.as_coeff_Mul()
+    if number < 0:  # kernels may take the row's maximum before they scale
+        number, factor = -number, -factor
     if factor.has(k):
         raise Refusal("scores multiplied by something that depends on the key")
     if not is_exact(factor) or factor.has(Where):

@@ -41,6 +41,11 @@ def input_access(access: Access) -> Access | None:
     return None if rule is None else rule(access, arguments(node))
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a node moves elements and changes none."""
+    return node.target in _RULES or node.target is getitem
+
+
 def is_cast(node: fx.Node) -> bool:
     """Whether a node changes (only) the dtype or device."""
     return node.target is aten._to_copy.default
@@ -184,6 +189,30 @@ def _joined(access: Access, named: dict[str, Any]) -> Access:
     raise NotAffine("an index past the end of a cat")
 
 
+def paddings(named: dict[str, Any], rank: int) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """What constant_pad_nd adds before and after each dimension; negative where it cuts."""
+    flat = [size_expr(size) for size in named["pad"]]
+    pairs = [(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+    zero = sympy.Integer(0)
+    return [(zero, zero)] * (rank - len(pairs)) + pairs[::-1]
+
+
+def _padded(access: Access, named: dict[str, Any]) -> Access:
+    """The inside of a padded tensor, where the index is surely in it."""
+    source = named["self"]
+    moved = []
+    for position, size, (before, after) in zip(
+        access.index, meta_of(source).shape, paddings(named, len(access.index)), strict=True
+    ):
+        inside = position.plus(Index.of_constant(-before))
+        starts_inside = (position.constant - before).is_nonnegative
+        ends_inside = is_less(inside.largest, size)
+        if not (starts_inside and ends_inside) and (before, after) != (0, 0):
+            raise NotAffine("an index that runs over the seam of a padding")
+        moved.append(inside)
+    return Access(source, tuple(moved))
+
+
 def _part_access(access: Access) -> Access | None:
     """An item of what split, unbind and their kin return."""
     parent, position = access.node.args
@@ -228,6 +257,7 @@ _RULES: dict[Any, _Rule] = {
     aten.select.int: _select,
     aten.flip.default: _flip,
     aten.cat.default: _joined,
+    aten.constant_pad_nd.default: _padded,
     aten.copy.default: _copied,
     aten.clone.default: _same_index,
     aten.contiguous.default: _same_index,
