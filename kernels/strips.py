@@ -66,7 +66,7 @@ class StripsKernel:
         work = 2.0 * batch * shape.heads * attended * (shape.head_dim + shape.value_dim)
         if spec.bias is None or shape.head_dim != shape.value_dim:
             return work * 3.0
-        return work * (1.15 if spec.bias == 0 else 1.5) + 2e4 * len(ranges)
+        return work * (1.15 if spec.bias == 0 else 2.5) + 2e4 * len(ranges)
 
     def build(self, problem: Problem) -> Attention:
         plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})

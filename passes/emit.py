@@ -73,6 +73,15 @@ class Emitter:
         self._note_new(first)
         return _unwrapped(result)
 
+    def node(self, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
+        """Write one call, also of what would run at once for want of a proxy (`torch.arange(8)`)."""
+        node: fx.Node = self.call(
+            lambda given, named: self._tracer.create_proxy("call_function", target, given, named),
+            args,
+            kwargs,
+        )
+        return node
+
     def method(self, name: str, tensor: fx.Node, *args: Any) -> fx.Node:
         """Write a call of a tensor's method."""
         node: fx.Node = self.call(lambda x, *rest: getattr(x, name)(*rest), tensor, *args)
@@ -105,10 +114,8 @@ class Emitter:
 
     def _fake_value(self, node: fx.Node) -> Any:
         """What the node yields, on fake tensors, as Dynamo notes it of its own nodes."""
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda above: above.meta.get("example_value")
-        )
         fake_mode = self.fake_mode
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._fake_argument)
         shape_env = fake_mode.shape_env
         quiet = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
         with fake_mode, quiet:
@@ -116,6 +123,13 @@ class Emitter:
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             assert callable(node.target)
             return node.target(*args, **kwargs)
+
+    def _fake_argument(self, node: fx.Node) -> Any:
+        """A node's value as Dynamo noted it, which for a few calls is a real tensor."""
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and not hasattr(value, "fake_mode"):
+            return self.fake_mode.from_tensor(value)
+        return value
 
     # -- tensors of the view ---------------------------------------------------------------
 
@@ -132,7 +146,7 @@ class Emitter:
         args = fx.node.map_arg(node.args, self.tensor)
         kwargs = fx.node.map_arg(node.kwargs, self.tensor)
         target: Any = operator.getitem if node.target is getitem else node.target
-        result: fx.Node = self.call(target, *self._sized(args), **self._sized(kwargs))
+        result = self.node(target, self._sized(args), self._sized(kwargs))
         self.written[node] = result
         return result
 
@@ -145,7 +159,7 @@ class Emitter:
         args = fx.node.map_arg(value.args, self.tensor_of_origin)
         kwargs = fx.node.map_arg(value.kwargs, self.tensor_of_origin)
         target: Any = operator.getitem if value.target is getitem else value.target
-        result: fx.Node = self.call(target, *self._sized(args), **self._sized(kwargs))
+        result = self.node(target, self._sized(args), self._sized(kwargs))
         self.written[value] = result
         return result
 
