@@ -124,7 +124,7 @@ def canonicalize(graph_module: fx.GraphModule, real: Sequence[Any] = ()) -> Cano
     fake_mode = next((t.fake_mode for t in inputs if hasattr(t, "fake_mode")), None)
     if fake_mode is None:
         raise Refusal("no input is a tensor")
-    with _undisturbed(fake_mode), fake_mode, recorder:
+    with undisturbed(fake_mode), fake_mode, recorder:
         interpreter.run(*inputs)
     return recorder.finish(graph_module.graph, _buffers(graph_module.graph, real))
 
@@ -141,7 +141,7 @@ def _buffers(graph: fx.Graph, real: Sequence[Any]) -> dict[str, tuple[int, torch
 
 
 @contextlib.contextmanager
-def _undisturbed(fake_mode: Any) -> Iterator[None]:
+def undisturbed(fake_mode: Any) -> Iterator[None]:
     """Keeps grad and autocast state, and guards, as they were before a run of the graph."""
     shape_env = fake_mode.shape_env
     no_guards = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()

@@ -2,6 +2,9 @@
 
     Dynamo graph -> expanded -> canonical view -> sites -> uses -> validated -> rewritten graph
 
+The bodies of higher-order ops (activation checkpointing) go the same way, each as a graph of its
+own.
+
 Every stage is a function from values to values. What goes wrong in one leaves the graph (or the
 site) alone, with the reason; nothing here can fail a compilation.
 """
@@ -17,9 +20,12 @@ from typing import Any
 from torch import fx
 
 from adaattn_compiler.options import Options
+from adaattn_compiler.passes.bodies import in_order, rewrite_bodies, with_bodies
 from adaattn_compiler.passes.canonicalize import canonicalize
+from adaattn_compiler.passes.expand import expand
 from adaattn_compiler.passes.lower import Lowered, check_uses, lower
 from adaattn_compiler.passes.match import Refused, match
+from adaattn_compiler.passes.prove import prove_masks
 from adaattn_compiler.passes.validate import validate
 from adaattn_compiler.spec import Refusal
 
@@ -47,13 +53,23 @@ class Analysis:
 def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Analysis:
     """Find and lower the attentions of a Dynamo graph. Never raises."""
     timer = _Timer()
+
+    def rewrite_body(body: fx.GraphModule, known: Sequence[Any]) -> Analysis:
+        return rewrite(body, known, options)
+
     try:
-        view = timer("canonicalize", canonicalize, graph_module, inputs)
+        expanded = timer("expand", expand, graph_module)
+        bodies = timer("bodies", rewrite_bodies, expanded, inputs, rewrite_body)
+        view = timer("canonicalize", canonicalize, expanded, inputs)
         found = timer("match", match, view)
         found = timer("uses", check_uses, view, found)
         if options.validate:
             found = timer("validate", validate, view, found, inputs)
-        rewritten = timer("lower", lower, graph_module, view, found, options)
+            found = timer("prove", prove_masks, view, found)
+        rewritten = timer("lower", lower, expanded, view, found, options)
+        results = in_order(rewritten.results, bodies, expanded.graph)
+        # Where nothing was lowered in it, the graph as it was before its calls were expanded.
+        outcome = with_bodies(graph_module, rewritten.graph_module, bodies)
     except Refusal as refusal:
         return Analysis(None, failure=str(refusal), seconds=timer.seconds)
     except Exception as error:
@@ -61,12 +77,8 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
         log.debug("where analysis failed", exc_info=True)
         return Analysis(None, failure=f"analysis failed: {error!r}", seconds=timer.seconds)
     lowered = [result.site for result in rewritten.results if isinstance(result, Lowered)]
-    return Analysis(
-        rewritten.graph_module,
-        rewritten.results,
-        frozenset().union(*(site.assumes for site in lowered)),
-        seconds=timer.seconds,
-    )
+    assumes = [site.assumes for site in lowered] + [body.assumes for body in bodies]
+    return Analysis(outcome, results, frozenset().union(*assumes), seconds=timer.seconds)
 
 
 class _Timer:
