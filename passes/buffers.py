@@ -7,6 +7,7 @@ assumption that the buffer keeps these values; the runtime checks that on every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,15 @@ from adaattn_compiler.spec import Where
 
 # Larger buffers are not read: comparing them would cost more than a moment.
 _MOST_ELEMENTS = 1 << 26
+# Integers from here on are not all numbers of float64; as Python's they would overflow an int64.
+_LARGE = 2**53
+
+_READABLE = frozenset(
+    {
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    }
+)
 
 
 def as_expression(buffer: torch.Tensor, row: sympy.Expr, column: sympy.Expr) -> Any | None:
@@ -24,11 +34,9 @@ def as_expression(buffer: torch.Tensor, row: sympy.Expr, column: sympy.Expr) -> 
 
     All other dimensions must be of size 1. None where the buffer is no mask that is recognized.
     """
-    if buffer.dim() < 2 or buffer.numel() > _MOST_ELEMENTS or buffer.numel() == 0:
+    if not _is_readable(buffer):
         return None
-    if any(size != 1 for size in buffer.shape[:-2]):
-        return None
-    table = buffer.detach().reshape(buffer.shape[-2:])
+    table = buffer.detach().reshape(buffer.shape[-2:]).cpu()
     first = table[0, 0]
     same = table == first
     rest = table[~same]
@@ -44,6 +52,14 @@ def as_expression(buffer: torch.Tensor, row: sympy.Expr, column: sympy.Expr) -> 
     return None
 
 
+def _is_readable(buffer: torch.Tensor) -> bool:
+    if buffer.is_meta or buffer.layout != torch.strided or buffer.dtype not in _READABLE:
+        return False
+    if buffer.dim() < 2 or not 0 < buffer.numel() <= _MOST_ELEMENTS:
+        return False
+    return all(size == 1 for size in buffer.shape[:-2])
+
+
 def _chosen(predicate: Any, yes: torch.Tensor, no: torch.Tensor) -> Any:
     if yes.dtype == torch.bool:
         return predicate if bool(yes) else sympy.Not(predicate)
@@ -51,10 +67,12 @@ def _chosen(predicate: Any, yes: torch.Tensor, no: torch.Tensor) -> Any:
 
 
 def _value(scalar: torch.Tensor) -> sympy.Expr:
-    number = scalar.item()
-    if number == float("-inf"):
-        return -sympy.oo
-    return sympy.Integer(int(number)) if float(number).is_integer() else sympy.Float(number)
+    number = float(scalar)
+    if math.isinf(number):
+        return sympy.oo if number > 0 else -sympy.oo
+    if number.is_integer() and abs(number) < _LARGE:
+        return sympy.Integer(int(number))
+    return sympy.Float(number) if scalar.is_floating_point() else sympy.Integer(int(scalar))
 
 
 def _predicate(holds: torch.Tensor, row: sympy.Expr, column: sympy.Expr) -> Any | None:
@@ -70,21 +88,25 @@ def _predicate(holds: torch.Tensor, row: sympy.Expr, column: sympy.Expr) -> Any 
 def _candidates(
     holds: torch.Tensor, row: sympy.Expr, column: sympy.Expr, r: torch.Tensor, c: torch.Tensor
 ) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Bands whose edges are read from a row in the middle, and blocks from the first row."""
-    middle = holds.shape[0] // 2
-    inside = holds[middle].nonzero()
-    if inside.numel() == 0:
-        return
-    before = middle - int(inside[0])
-    after = int(inside[-1]) - middle
-    lower = (sympy.Ge(column, row - before), c >= r - before)
-    upper = (sympy.Le(column, row + after), c <= r + after)
+    """The band from the least to the largest `column - row` that holds, its sides, and blocks."""
+    least, most = _extent(holds)
+    lower = (sympy.Ge(column, row + least), c >= r + least)
+    upper = (sympy.Le(column, row + most), c <= r + most)
     yield upper
     yield lower
     yield sympy.And(lower[0], upper[0]), lower[1] & upper[1]
-    size = int(holds[0].sum())
-    if 0 < size < holds.shape[1]:
+    size = max(int(holds[0].sum()), int(holds[:, 0].sum()))
+    if size > 0:
         yield (
             sympy.Eq(sympy.floor(row / size), sympy.floor(column / size)),
             torch.div(r, size, rounding_mode="floor") == torch.div(c, size, rounding_mode="floor"),
         )
+
+
+def _extent(holds: torch.Tensor) -> tuple[int, int]:
+    """The least and the largest `column - row` of elements that hold (some do)."""
+    rows = holds.any(1).nonzero().flatten()
+    inside = holds[rows].to(torch.uint8)
+    first = inside.argmax(1)
+    last = holds.shape[1] - 1 - inside.flip(1).argmax(1)
+    return int((first - rows).min()), int((last - rows).max())
