@@ -104,7 +104,7 @@ class ElementReader:
         if constant is not None and constant.numel() == 1:
             value = constant.item()
             return (
-                sympy.true if value is True else sympy.false if value is False else _number(value)
+                sympy.true if value is True else sympy.false if value is False else number_of(value)
             )
         if node in self.view.buffers:
             element = self._buffer_element(access)
@@ -185,7 +185,7 @@ class ElementReader:
         """An operand of a pointwise op: a tensor broadcast to the result, or a number."""
         if isinstance(value, fx.Node):
             return self.read(broadcast_access(access, value))
-        return _number(value)
+        return number_of(value)
 
 
 def is_condition(element: Any) -> bool:
@@ -206,9 +206,7 @@ def as_condition(element: Any) -> Boolean:
         return element
     if isinstance(element, Where):
         condition, x, y = element.args
-        return sympy.Or(
-            sympy.And(condition, as_condition(x)), sympy.And(sympy.Not(condition), as_condition(y))
-        )
+        return chosen_condition(condition, as_condition(x), as_condition(y))
     return sympy.Ne(element, 0)
 
 
@@ -217,25 +215,51 @@ def lifted(function: Callable[..., Any], *operands: Any) -> Any:
 
     `(1 - Where(c, 1, 0)) * m` becomes `Where(c, 0, m)`, the form that masks are recognized in.
     """
-    wheres = [i for i, operand in enumerate(operands) if isinstance(operand, Where)]
-    conditions = {operands[i].args[0] for i in wheres}
-    others_plain = all(
-        isinstance(o, Where)
-        or (isinstance(o, sympy.Basic) and not o.free_symbols and not o.has(Load))
-        for o in operands
-    )
-    if not wheres or len(conditions) != 1 or not others_plain:
+    conditions = {operand.args[0] for operand in operands if isinstance(operand, Where)}
+    one = len(conditions) == 1 and all(isinstance(o, Where) or _is_plain(o) for o in operands)
+    if not one and not (conditions and all(_is_choice_of_numbers(o) for o in operands)):
         return function(*operands)
-    (condition,) = conditions
-    branches = [
-        lifted(function, *(o.args[side] if isinstance(o, Where) else o for o in operands))
+    condition = min(conditions, key=sympy.default_sort_key)
+    yes, no = (
+        lifted(function, *(_branch(operand, condition, side) for operand in operands))
         for side in (1, 2)
-    ]
-    if all(is_condition(branch) for branch in branches):
-        return sympy.Or(
-            sympy.And(condition, branches[0]), sympy.And(sympy.Not(condition), branches[1])
-        )
-    return Where(condition, *(as_number(branch) for branch in branches))
+    )
+    if is_condition(yes) and is_condition(no):
+        return chosen_condition(condition, yes, no)
+    return Where(condition, as_number(yes), as_number(no))
+
+
+def _branch(operand: Any, condition: Boolean, side: int) -> Any:
+    """What an operand is where the condition holds (side 1) or does not (side 2)."""
+    if isinstance(operand, Where):
+        if operand.args[0] == condition:
+            return _branch(operand.args[side], condition, side)
+        return Where(operand.args[0], *(_branch(o, condition, side) for o in operand.args[1:]))
+    return operand
+
+
+def _is_plain(operand: Any) -> bool:
+    return isinstance(operand, sympy.Basic) and not operand.free_symbols and not operand.has(Load)
+
+
+def _is_choice_of_numbers(operand: Any, depth: int = 3) -> bool:
+    """Whether an operand is one of few numbers, by conditions."""
+    if isinstance(operand, Where) and depth > 0:
+        return all(_is_choice_of_numbers(o, depth - 1) for o in operand.args[1:])
+    return isinstance(operand, sympy.Number) or operand in (sympy.oo, -sympy.oo)
+
+
+def chosen_condition(condition: Boolean, yes: Boolean, no: Boolean) -> Boolean:
+    """`condition ? yes : no` without what is said twice."""
+    if no == sympy.false:
+        return sympy.And(condition, yes)
+    if yes == sympy.true:
+        return sympy.Or(condition, no)
+    if yes == sympy.false:
+        return sympy.And(sympy.Not(condition), no)
+    if no == sympy.true:
+        return sympy.Or(sympy.Not(condition), yes)
+    return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
 
 
 def settled(element: Any, dtype: torch.dtype) -> Any:
@@ -266,7 +290,8 @@ def _holds_integers(dtype: torch.dtype) -> bool:
     return dtype not in (torch.float16, torch.bfloat16)
 
 
-def _number(value: Any) -> Any:
+def number_of(value: Any) -> Any:
+    """A plain or symbolic number (or truth value) of a call as an expression."""
     if isinstance(value, sympy.Expr):
         return value
     if isinstance(value, bool):
@@ -303,7 +328,7 @@ def _added(sign: int) -> _Reader:
     def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
         x = as_number(reader.operand(access, named["self"]))
         y = as_number(reader.operand(access, named["other"]))
-        alpha = as_number(_number(named.get("alpha", 1)))
+        alpha = as_number(number_of(named.get("alpha", 1)))
         return lifted(lambda a, c: a + sign * alpha * c, x, y)
 
     return read
@@ -312,7 +337,7 @@ def _added(sign: int) -> _Reader:
 def _rsub(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
     x = as_number(reader.operand(access, named["self"]))
     y = as_number(reader.operand(access, named["other"]))
-    return lifted(lambda a, c: c - as_number(_number(named.get("alpha", 1))) * a, x, y)
+    return lifted(lambda a, c: c - as_number(number_of(named.get("alpha", 1))) * a, x, y)
 
 
 def _multiplied(x: Any, y: Any) -> Any:
@@ -382,7 +407,7 @@ def _masked_fill(reader: ElementReader, access: Access, named: dict[str, Any]) -
 
 def _chosen(condition: Boolean, x: Any, y: Any) -> Any:
     if is_condition(x) and is_condition(y):
-        return sympy.Or(sympy.And(condition, x), sympy.And(sympy.Not(condition), y))
+        return chosen_condition(condition, x, y)
     return Where(condition, as_number(x), as_number(y))
 
 
@@ -402,7 +427,7 @@ def _filled(value: str | int | bool | float) -> _Reader:
         element = (
             reader.operand(Access(access.node, access.index), named[value])
             if isinstance(value, str)
-            else _number(value)
+            else number_of(value)
         )
         if meta_of(access.node).dtype == torch.bool:
             return as_condition(element)
@@ -414,15 +439,15 @@ def _filled(value: str | int | bool | float) -> _Reader:
 def _arange(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
     if not _holds_integers(meta_of(access.node).dtype):
         raise Unreadable("positions that are rounded")
-    start = as_number(_number(named.get("start", 0)))
-    step = as_number(_number(named.get("step", 1)))
+    start = as_number(number_of(named.get("start", 0)))
+    step = as_number(number_of(named.get("step", 1)))
     return start + step * access.index[0].expression(reader.axes)
 
 
 def _triangle(keeps: Callable[[Any, Any], Any]) -> _Reader:
     def read(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any:
         row, column = (position.expression(reader.axes) for position in access.index[-2:])
-        inside = keeps(column - row, as_number(_number(named["diagonal"])))
+        inside = keeps(column - row, as_number(number_of(named["diagonal"])))
         return (
             _chosen(inside, reader.read(Access(named["self"], access.index)), sympy.Integer(0))
             if (meta_of(access.node).dtype != torch.bool)
@@ -527,7 +552,7 @@ def _padded(reader: ElementReader, access: Access, named: dict[str, Any]) -> Any
         access.index, meta_of(named["self"]).shape, paddings(named, len(access.index)), strict=True
     ):
         if is_less(position.largest, before) or (position.constant - size - before).is_nonnegative:
-            return as_number(_number(named["value"]))
+            return as_number(number_of(named["value"]))
     raise Unreadable("an index that runs over the seam of a padding")
 
 

@@ -43,7 +43,7 @@ from adaattn_compiler.passes.sides import SideReader
 from adaattn_compiler.passes.site import Site
 from adaattn_compiler.passes.views import Access, is_view
 from adaattn_compiler.predicates import has_key_in_every_row, normalized, simplified
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, Refusal, Where, k, q
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, Refusal, Where, k, q
 
 aten = torch.ops.aten
 
@@ -236,10 +236,12 @@ def _manual_site(
             return site, _Inside(read_at.node, below.noise)
         except (Refusal, NotAffine) as error:
             refusal = refusal or error
+    if refusal is not None:
+        raise refusal
     between = obstacle(softmax.scores.node)
-    if refusal is None and between is not None:
-        refusal = Refusal(f"{between.target} between the product and softmax is not understood")
-    raise refusal or Refusal("no product of Q and K above the softmax", softmax.node)
+    if between is None or is_contraction(between):
+        raise Refusal("scores in a layout that is not understood", softmax.node)
+    raise Refusal(f"{between.target} between the product and softmax is not understood", between)
 
 
 def _site_of(
@@ -277,6 +279,7 @@ def _site_of(
         (query, key, value),
         float(q_factor * k_factor),
         sink=sink,
+        zero_rows=softmax.zero_rows,
         dropout_p=below.dropout_p,
         spelling=softmax.spelling,
         anchor=softmax.node,
@@ -411,6 +414,7 @@ def _assembled(
     *,
     sink: sympy.Expr | None,
     dropout_p: Any,
+    zero_rows: bool,
     **fields: Any,
 ) -> Site:
     """The site, its expressions renumbered to its own operands and run-time integers."""
@@ -422,11 +426,14 @@ def _assembled(
     facts = _facts(axes)
     mask = simplified(mask, facts)
     group = axes.group
+    closing = None
+    if any(numbered.operands[int(load.args[0])].kind == "float" for load in score.atoms(Load)):
+        closing = EmptyRow.ZERO if zero_rows else EmptyRow.NAN
     spec = AttentionSpec(
         scale=parts.scale * operand_scale,
         score=score,
         mask=mask,
-        empty_row=_empty_row(parts.empty_row, mask, sink, facts),
+        empty_row=_empty_row(parts.empty_row, mask, sink, facts, closing),
         sink=sink,
         dropout_p=_probability(dropout_p),
         group=int(group),
@@ -459,11 +466,19 @@ def _facts(axes: AttentionAxes) -> dict[Any, Any]:
     return {symbol: size for symbol, size in pairs if size.is_Integer}
 
 
-def _empty_row(stated: EmptyRow, mask: Any, sink: Any, facts: dict[Any, Any]) -> EmptyRow:
-    """What an empty row yields, if there can be one; one with a sink attends to that alone."""
-    if has_key_in_every_row(mask, facts):
+def _empty_row(
+    stated: EmptyRow, mask: Any, sink: Any, facts: dict[Any, Any], closing: EmptyRow | None
+) -> EmptyRow:
+    """What an empty row yields, if there can be one; one with a sink attends to that alone.
+
+    closing: what it yields where a bias that is data is -inf for all of its keys; None without one.
+    """
+    open_mask = has_key_in_every_row(mask, facts)
+    if open_mask and closing is None:
         return EmptyRow.IMPOSSIBLE
-    return EmptyRow.ZERO if sink is not None else stated
+    if sink is not None:
+        return EmptyRow.ZERO
+    return closing if open_mask and closing is not None else stated
 
 
 def _probability(value: Any) -> float:
@@ -516,6 +531,7 @@ def _sdpa_site(view: CanonicalView, node: fx.Node) -> Site:
         operands,
         1.0,
         sink=None,
+        zero_rows=True,
         dropout_p=named["dropout_p"],
         spelling="sdpa",
         anchor=node,
@@ -613,12 +629,15 @@ def _sdpa_parts(
 # -- what was not matched --------------------------------------------------------------------------
 
 
+_EXPONENTIALS = (aten.exp.default, aten.exp2.default, aten.pow.Scalar)
+
+
 def _unmatched(view: CanonicalView, anchors: set[fx.Node]) -> Iterator[Refused]:
     """Softmaxes (and exponentials) between two products that no site was made of."""
     seen = _used_by(anchors)
     for node in view.graph.nodes:
         known = node.target in SOFTMAXES or node.target is aten._log_softmax.default
-        if not known and node.target not in (aten.exp.default, aten.exp2.default):
+        if not known and node.target not in _EXPONENTIALS:
             continue
         if node in seen or node not in view.live or obstacle(node) is None:
             continue
