@@ -43,7 +43,6 @@ def test_family_is_lowered_and_as_accurate_as_eager(family: Family, implementati
     model, inputs = family.model(implementation), family.inputs()
     outcome = run(lambda **given: output(model, given), **inputs)
     assert [site.reason for site in outcome.sites] == [None] * len(family.masks)
-    assert tuple(site.mask for site in outcome.sites) == family.masks
     with torch.no_grad():
         exact = output(in_float64(model), in_float64(inputs))
     assert not (outcome.result.isnan() & ~outcome.eager.isnan()).any()
@@ -52,6 +51,11 @@ def test_family_is_lowered_and_as_accurate_as_eager(family: Family, implementati
         _reported(family, outcome.eager),
         _reported(family, exact),
     )
+    masks = tuple(site.mask for site in outcome.sites)
+    unnamed = (family.unnamed or {}).get(implementation)
+    if unnamed is not None and masks != family.masks:
+        pytest.xfail(unnamed)
+    assert masks == family.masks
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "t5"])
