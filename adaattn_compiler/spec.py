@@ -57,7 +57,7 @@ class Where(sympy.Function):  # type: ignore[misc]
 
 
 class EmptyRow(enum.Enum):
-    """What a query row yields that may attend to no key at all, as the model has it."""
+    """What a query row yields whose scores are all -inf (or masked), as the model has it."""
 
     IMPOSSIBLE = "impossible"  # proven: every row has a key
     ZERO = "zero"  # SDPA with a boolean mask

@@ -17,7 +17,7 @@ import torch
 from sympy.core.relational import Relational
 from torch import fx
 
-from adaattn_compiler.spec import POSITIONS, AttentionSpec, Load, M, N, Where, param
+from adaattn_compiler.spec import POSITIONS, AttentionSpec, EmptyRow, Load, M, N, Where, param
 
 LoadFunction = Callable[[int, tuple[sympy.Expr, ...]], Any]
 
@@ -197,6 +197,22 @@ def _broadcast(operand: Any, index: Sequence[sympy.Expr]) -> Any:
     first = POSITIONS.index(kept[0])
     axes = POSITIONS[first:]
     return view[tuple(slice(None) if axis in kept else None for axis in axes)]
+
+
+def has_key(
+    spec: AttentionSpec,
+    values: Mapping[sympy.Symbol, Any],
+    operands: Sequence[Any],
+    params: Sequence[Any] = (),
+    *,
+    partial: bool = False,
+) -> Any:
+    """Whether each row has a key that neither the mask nor a bias of -inf shuts out, keepdim."""
+    keep = evaluate_dense(spec.mask, values, operands, params, partial=partial)
+    if spec.bias is not None and spec.bias.has(Load) and spec.empty_row is not EmptyRow.UNIFORM:
+        bias = evaluate_dense(spec.bias, values, operands, params, partial=partial)
+        keep = (bias > float("-inf")) & torch.as_tensor(keep)
+    return torch.as_tensor(keep).any(-1, keepdim=True)
 
 
 def dense_bias(

@@ -21,7 +21,7 @@ import sympy
 import torch
 
 from adaattn_compiler.kernels.blocks import block_lists, block_structure, density
-from adaattn_compiler.kernels.evaluate import evaluate, evaluate_dense, is_printable, positions
+from adaattn_compiler.kernels.evaluate import evaluate, has_key, is_printable, positions
 from adaattn_compiler.kernels.flex_inductor import FlexConfig, compile_flex, read_table
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, Where, b, h, k, param, q
@@ -318,13 +318,12 @@ def _has_key(
     strip: int = 256,
 ) -> torch.Tensor:
     """Whether each row has a key, [B|1,H|1,M,1], the mask being looked at strip by strip."""
-    values = positions((spec.mask,), like, sizes)
+    values = positions((spec.mask, spec.bias), like, sizes)
     every = values.get(q)
     if every is None:
-        mask = evaluate_dense(spec.mask, values, operands, params)
-        return torch.as_tensor(mask).any(-1, keepdim=True)
+        return torch.as_tensor(has_key(spec, values, operands, params))
     strips = []
     for start in range(0, sizes[2], strip):
         values[q] = every[start : start + strip]
-        strips.append(evaluate_dense(spec.mask, values, operands, params).any(-1, keepdim=True))
+        strips.append(has_key(spec, values, operands, params, partial=True))
     return torch.cat(strips, -2)

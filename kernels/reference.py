@@ -45,7 +45,8 @@ def reference_attention(
     weights = torch.softmax(scores, -1)[..., :columns].to(v.dtype)
     values_BHNE = v.repeat_interleave(spec.group, 1)
     out = weights @ values_BHNE
-    return _with_empty_rows(out, mask.any(-1, keepdim=True), values_BHNE, spec)
+    has_key = (scores != float("-inf")).any(-1, keepdim=True)
+    return _with_empty_rows(out, has_key, values_BHNE, spec)
 
 
 def _with_empty_rows(

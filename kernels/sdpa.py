@@ -111,19 +111,26 @@ def _mask(
     values = positions((spec.mask, spec.bias), like, sizes.scores)
     bias = dense_bias(spec, values, operands, sizes.params)
     if spec.mask == sympy.true:
-        return _four_axes(bias, spec.bias, problem), None
+        mask = _four_axes(bias, spec.bias, problem)
+        return mask, _closed_rows(mask, spec)
     keep = evaluate_dense(spec.mask, values, operands, sizes.params)
     keep = keep[(None,) * (4 - rank_of(spec.mask)) + (...,)]
-    empty = None
-    if spec.empty_row is EmptyRow.NAN:
-        empty = ~keep.any(-1, keepdim=True)
+    empty = ~keep.any(-1, keepdim=True) if spec.empty_row is EmptyRow.NAN else None
     if bias is None and spec.empty_row is not EmptyRow.UNIFORM:
         return keep, empty
     # Finite, so that a row without keys is the mean of V, as the model has it.
     low = torch.finfo(problem.dtype).min if spec.empty_row is EmptyRow.UNIFORM else float("-inf")
     if bias is None:
         return torch.where(keep, 0.0, low).to(_mask_dtype(problem)), empty
-    return torch.where(keep, _four_axes(bias, spec.bias, problem), low), empty
+    mask = torch.where(keep, _four_axes(bias, spec.bias, problem), low)
+    return mask, _closed_rows(mask, spec)
+
+
+def _closed_rows(mask: Any, spec: AttentionSpec) -> Any:
+    """Rows of an additive mask that are -inf throughout, where those must be NaN; else None."""
+    if spec.empty_row is not EmptyRow.NAN:
+        return None
+    return (mask == float("-inf")).all(-1, keepdim=True)
 
 
 def _four_axes(bias: Any, expression: Any, problem: Problem) -> Any:

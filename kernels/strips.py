@@ -23,7 +23,7 @@ import sympy
 import torch
 
 from adaattn_compiler.kernels.blocks import block_structure
-from adaattn_compiler.kernels.evaluate import evaluate_dense, is_printable, rank_of
+from adaattn_compiler.kernels.evaluate import evaluate_dense, has_key, is_printable, rank_of
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, S, b, h, k, q
 
@@ -178,8 +178,8 @@ class StripsRunner:
             )
         if self.spec.sink is not None:
             return _with_sink(out, lse, at)
-        if self.spec.empty_row in (EmptyRow.UNIFORM, EmptyRow.NAN) and keep is not None:
-            return at.with_empty_rows(out, keep.any(-1, keepdim=True))
+        if self.spec.empty_row in (EmptyRow.UNIFORM, EmptyRow.NAN):
+            return at.with_empty_rows(out, at.has_key())
         return out
 
 
@@ -207,23 +207,31 @@ class _Context:
     length: _Length
     v_BGNE: torch.Tensor
 
-    def evaluated(self, expression: Any, more: dict[Any, Any] | None = None) -> torch.Tensor:
-        """An expression on the strip, with four axes."""
+    def values(self) -> dict[Any, Any]:
+        """The strip's positions and the sizes."""
         start, count, first, last = self.strip
         device = self.v_BGNE.device
         heads = self.v_BGNE.shape[1] * self.spec.group
-        values: dict[Any, Any] = {
+        return {
             b: torch.arange(self.v_BGNE.shape[0], device=device).reshape(-1, 1, 1, 1),
             h: torch.arange(heads, device=device).reshape(-1, 1, 1),
             q: torch.arange(start, start + count, device=device).reshape(-1, 1),
             k: torch.arange(first, last, device=device),
             M: self.length.rows,
             N: self.length.columns,
-            **(more or {}),
         }
+
+    def evaluated(self, expression: Any, more: dict[Any, Any] | None = None) -> torch.Tensor:
+        """An expression on the strip, with four axes."""
+        values = {**self.values(), **(more or {})}
         value = evaluate_dense(expression, values, self.operands, self.params, partial=True)
-        tensor = torch.as_tensor(value, device=device)
+        tensor = torch.as_tensor(value, device=self.v_BGNE.device)
         return tensor[(None,) * (4 - tensor.dim()) + (...,)]
+
+    def has_key(self) -> torch.Tensor:
+        """Whether each row of the strip has a key."""
+        found = has_key(self.spec, self.values(), self.operands, self.params, partial=True)
+        return torch.as_tensor(found)
 
     def keep(self) -> torch.Tensor | None:
         """The strip's mask; None where all is attended."""

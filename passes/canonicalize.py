@@ -23,6 +23,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaattn_compiler.spec import Refusal
@@ -147,6 +148,7 @@ def undisturbed(fake_mode: Any) -> Iterator[None]:
     no_guards = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
     with (
         torch.set_grad_enabled(torch.is_grad_enabled()),
+        enable_python_dispatcher(),
         torch.autocast(
             "cpu", enabled=torch.is_autocast_enabled("cpu"), dtype=torch.get_autocast_dtype("cpu")
         ),
@@ -237,6 +239,8 @@ class _Recorder(TorchDispatchMode):
         target = functional if functional is not None and len(written) == 1 else opaque
         if target is opaque:
             kwargs = {}
+        elif target is aten.bernoulli.p and len(args) < 2 and "p" not in kwargs:
+            kwargs = {**kwargs, "p": 0.5}  # the in-place op has a default, its twin has none
         node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs))
         node.meta["origin"] = self.origin
         if target is opaque or any(_storage(tensor) in self.inputs for tensor in written):

@@ -110,10 +110,20 @@ class ElementReader:
             element = self._buffer_element(access)
             if element is not None:
                 return element
+        if self.is_partial(access):
+            raise Unreadable("a part of a tensor, read as if it were all")
         self.loaded[node.name] = node
         index = [position.expression(self.axes) for position in access.index]
         element = Load(sympy.Symbol(node.name), *index)
         return sympy.Ne(element, 0) if meta_of(node).dtype == torch.bool else element
+
+    def is_partial(self, access: Access) -> bool:
+        """Whether a position runs through a part of a dimension only: a `Load` means all of it."""
+        return any(
+            position.expression(self.axes) in POSITIONS
+            and sympy.expand(position.largest + 1 - size) != 0
+            for position, size in zip(access.index, meta_of(access.node).shape, strict=True)
+        )
 
     def _buffer_element(self, access: Access) -> Any | None:
         """The element of a module's buffer whose values are those of a mask; else None."""

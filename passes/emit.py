@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from adaattn_compiler.kernels.problem import Sizes
 from adaattn_compiler.passes.axes import atoms_of, within
@@ -118,7 +119,7 @@ class Emitter:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._fake_argument)
         shape_env = fake_mode.shape_env
         quiet = contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
-        with fake_mode, quiet:
+        with fake_mode, quiet, enable_python_dispatcher():
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             assert callable(node.target)

@@ -26,6 +26,7 @@ from adaattn_compiler.passes.match import Refused
 from adaattn_compiler.passes.protect import protect
 from adaattn_compiler.passes.resample import distance_vector
 from adaattn_compiler.passes.site import SideTensor, Site
+from adaattn_compiler.passes.slices import size_hint
 from adaattn_compiler.passes.views import Access, input_access
 from adaattn_compiler.spec import Refusal
 
@@ -183,8 +184,7 @@ def _hint(size: sympy.Expr, site: Site) -> int:
     """The size that a symbolic size had when it was captured."""
     if size.is_Integer:
         return int(size)
-    fake = site.q.access.node.meta["fake"]
-    return int(fake.fake_mode.shape_env.size_hint(size))
+    return int(size_hint(size, site.q.access.node.meta["fake"]))
 
 
 def _call(
@@ -255,9 +255,22 @@ def _replace(emitter: Emitter, site: Site, result: fx.Node) -> None:
     else:
         new = _in_layout_of(emitter, site, value, index, result)
     copy = emitter.copies[dynamo]
+    if _viewed_as_dense(copy):
+        new = emitter.method("contiguous", new)
     copy.replace_all_uses_with(new)
     emitter.copies[dynamo] = new
     emitter.graph.erase_node(copy)
+
+
+def _viewed_as_dense(node: fx.Node, depth: int = 4) -> bool:
+    """Whether a `view` follows, which needs the strides that the product had."""
+    views = ("view", aten.view.default)
+    steps = ("transpose", "permute", "squeeze", "unsqueeze", "detach", "mT", "unflatten")
+    return any(
+        user.target in views
+        or (depth > 0 and user.target in steps and _viewed_as_dense(user, depth - 1))
+        for user in node.users
+    )
 
 
 def _index_from(value: fx.Node, output: fx.Node) -> tuple[list[Axis], tuple[Index, ...]] | None:

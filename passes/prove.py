@@ -55,6 +55,9 @@ def _disagreement(
     fake = site.q.access.node.meta["fake"]
     if isinstance(element, Load) or not (element.has(q) or element.has(k)):
         return None
+    read_from = [site.sides[int(load.args[0])] for load in element.atoms(Load)]
+    if any(side.distance is not None for side in read_from):
+        return None  # the vector is made from this very tensor; validation has compared it
     numel = math.prod(_hint(size, fake) for size in meta_of(access.node).shape)
     if numel > _MOST_ELEMENTS:
         return None
@@ -65,7 +68,7 @@ def _disagreement(
     except (Refusal, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
         return f"{type(error).__name__}: {error}"
     places = _drawn_places(sizes)
-    read = tensor[tuple(_at(position, places, site) for position in access.index)]
+    read = tensor[tuple(_at(position, places, site, true) for position in access.index)]
     symbols: dict[Any, Any] = positions((), tensor, [sizes[name] for name in ("B", "H", "M", "N")])
     symbols |= {b: places["b"], h: places["h"], q: places["q"], k: places["k"]}
     params = [true.number(param) for param in site.params]
@@ -131,7 +134,9 @@ def _some(size: int, count: int) -> torch.Tensor:
     return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([size - 1])])
 
 
-def _at(index: Index, places: dict[str, torch.Tensor], site: Site) -> torch.Tensor:
+def _at(
+    index: Index, places: dict[str, torch.Tensor], site: Site, sizes: Resizing
+) -> torch.Tensor:
     """A dimension's index at the drawn places."""
     axes: dict[Axis, str] = {
         site.axes.batch: "b",
@@ -139,11 +144,8 @@ def _at(index: Index, places: dict[str, torch.Tensor], site: Site) -> torch.Tens
         site.axes.query: "q",
         site.axes.key: "k",
     }
-    expression = index.constant
-    if not expression.is_Integer:
-        raise Refusal(f"an index {expression}")
-    total: Any = torch.tensor(int(expression))
+    total: Any = torch.tensor(sizes.number(index.constant))
     for digit, coef in index.terms:
-        value = places[axes[digit.axis]]
-        total = total + (value // int(digit.div)) % int(digit.extent) * int(coef)
+        value = places[axes[digit.axis]] // sizes.number(digit.div)
+        total = total + value % sizes.digit_extent(digit) * sizes.number(coef)
     return torch.as_tensor(total)

@@ -23,9 +23,11 @@ from adaattn_compiler.passes.contraction import Contraction, Spine
 from adaattn_compiler.passes.element import (
     ElementReader,
     RowStatistic,
+    as_condition,
     as_number,
     is_condition,
     is_exact,
+    number_of,
 )
 from adaattn_compiler.passes.index_map import NotAffine
 from adaattn_compiler.passes.score import RAW, depends_on_distance_only, loads_are_thin
@@ -129,9 +131,30 @@ class SideReader(ElementReader):
             if all(isinstance(named[name], fx.Node) for name in ("self", "other")):
                 parts = (self.side(broadcast_access(access, named[n])) for n in ("self", "other"))
                 return sympy.Add(*(as_number(part) for part in parts))
+        chosen = self._choice(access)
+        if chosen is not None:
+            return chosen
         if not is_condition(element) and element.has(RowStatistic):
             return element
         return self.load(access)
+
+    def _choice(self, access: Access) -> Any | None:
+        """A bias under a mask: `where(mask, bias, fill)` with its parts taken each for itself."""
+        named = arguments(access.node) if access.node.target in _CHOICES else {}
+        if not named:
+            return None
+        mask, kept, other = _CHOICES[access.node.target]
+        condition = as_condition(self.side(broadcast_access(access, named[mask])))
+        if not (is_exact(condition) and loads_are_thin(condition)):
+            return None
+        parts = [
+            self.side(broadcast_access(access, named[name]))
+            if isinstance(named[name], fx.Node)
+            else number_of(named[name])
+            for name in (kept, other)
+        ]
+        x, y = (as_number(part) for part in parts)
+        return Where(condition, x, y)
 
     def is_row_statistic(self, access: Access) -> bool:
         """Of other tensors than the scores a maximum is a tensor like any other."""
@@ -143,7 +166,7 @@ class SideReader(ElementReader):
             below = input_access(access)
         except NotAffine:
             return access
-        if below is None:
+        if below is None or self.is_partial(below):
             return access
         source, target = meta_of(below.node).dtype, meta_of(access.node).dtype
         same = source == target or (source.is_floating_point and target.is_floating_point)
@@ -210,6 +233,14 @@ class SideReader(ElementReader):
                 names[symbol] = param(len(params))
                 params.append(symbol)
         return names, tuple(params)
+
+
+# Ops that choose by a mask: the names of the mask, of what is taken where it holds, and where not.
+_CHOICES: dict[Any, tuple[str, str, str]] = {
+    aten.where.self: ("condition", "self", "other"),
+    aten.masked_fill.Scalar: ("mask", "value", "self"),
+    aten.masked_fill.Tensor: ("mask", "value", "self"),
+}
 
 
 def _is_safe(element: Any) -> bool:
