@@ -689,6 +689,21 @@ def test_buffer_that_is_no_known_mask_stays_a_tensor():
     compare(_Masked(keep), inputs, outcome)
 
 
+class _Cut(_Masked):
+    def forward(self, q, k, v):
+        keep = self.keep[: q.shape[2], : k.shape[2]]
+        return weighted(scored(q, k).masked_fill(~keep, -INF), v)
+
+
+def test_part_of_a_buffer_is_read_as_that_part():
+    keep = torch.rand(16, 16) > 0.5
+    keep.fill_diagonal_(True)
+    inputs = square()
+    outcome = run(_Cut(keep), *inputs, options=SDPA_ONLY)
+    assert [site.mask for site in outcome.sites] == ["tensor[qk]"]
+    compare(_Cut(keep), inputs, outcome)
+
+
 def test_buffer_that_is_nearly_causal_is_not_taken_for_it():
     keep = torch.ones(N, N, dtype=torch.bool).tril()
     keep[0, -1] = True
