@@ -149,7 +149,7 @@ class Resizing:
 
     def _positions(self, index: Index, places: Mapping[Digit, torch.Tensor]) -> torch.Tensor:
         """A dimension's positions, in terms of the digits of the target."""
-        total: Any = torch.tensor(int(self.value(index.constant)))
+        total = torch.tensor(int(self.value(index.constant)))
         stride = 1
         for digit, _ in reversed(_outermost_first(index)):
             value = self._digit_value(digit, places)
@@ -219,9 +219,9 @@ class Slice:
         kwargs = {key: _doubled(value, resizing) for key, value in kwargs.items()}
         kwargs.pop("device", None)
         if node.target is aten.scaled_dot_product_attention.default:
-            q, k, v, mask, _, is_causal = (*args, *_SDPA_DEFAULTS[len(args) :])
-            named = {"attn_mask": mask, "is_causal": is_causal, **kwargs, "dropout_p": 0.0}
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **named)
+            given = [*args, *_SDPA_DEFAULTS[len(args) :]]
+            kwargs = {"attn_mask": given[3], "is_causal": given[5], **kwargs, "dropout_p": 0.0}
+            return torch.nn.functional.scaled_dot_product_attention(*given[:3], **kwargs)
         if node.target is aten._softmax.default:
             return torch.softmax(args[0], args[1])
         if node.target is aten._log_softmax.default:
@@ -269,7 +269,7 @@ def slice_to(view: CanonicalView, output: fx.Node, stops: set[fx.Node]) -> Slice
 
 
 # Of q, k, v, attn_mask, dropout_p and is_causal, which may all be given by position.
-_SDPA_DEFAULTS = (None, None, None, None, 0.0, False)
+_SDPA_DEFAULTS: tuple[Any, ...] = (None, None, None, None, 0.0, False)
 
 
 # -- calls that name sizes -------------------------------------------------------------------------

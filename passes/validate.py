@@ -174,7 +174,7 @@ def _vector(
 
 
 def _numbers(index: Index, places: dict[Any, torch.Tensor], resizing: Resizing) -> torch.Tensor:
-    total: Any = torch.tensor(int(resizing.value(index.constant)))
+    total = torch.tensor(int(resizing.value(index.constant)))
     for digit, coef in index.terms:
         place = places[digit.axis] // int(resizing.value(digit.div))
         total = total + place % resizing.digit_extent(digit) * int(resizing.value(coef))
