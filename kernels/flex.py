@@ -198,11 +198,25 @@ class FlexRunner:
         self.config = config
         self._mask, self._score = _with_sink_column(spec)
         self._mask_reads, self._score_reads = _Reads.of(self._mask), _Reads.of(self._score)
-        kinds = [_STORED[operand.kind] for operand in spec.operands]
+        self._calls: dict[int, Callable[[list[torch.Tensor]], torch.Tensor]] = {}
+        self._lists: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+        self._lock = threading.RLock()
+        self._compiled()
+
+    def _compiled(self) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+        """The kernel for the number of threads there is now: it has scratch for just so many."""
+        threads = torch.get_num_threads()
+        with self._lock:
+            if threads not in self._calls:
+                self._calls[threads] = self._compile()
+            return self._calls[threads]
+
+    def _compile(self) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+        kinds = [_STORED[operand.kind] for operand in self.spec.operands]
         mask_mod = self._mask_reads.modifier(self._mask)
         score_mod = self._score_reads.modifier(self._score)
-        self._call = compile_flex(
-            config,
+        return compile_flex(
+            self.config,
             lambda score, b_, h_, q_, k_, *captured: score_mod(
                 {S: score, b: b_, h: h_, q: q_, k: k_}, captured
             ),
@@ -212,8 +226,6 @@ class FlexRunner:
             self._score_reads.operands(kinds),
             self._mask_reads.operands(kinds),
         )
-        self._lists: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
-        self._lock = threading.Lock()
 
     def __call__(
         self,
@@ -223,8 +235,9 @@ class FlexRunner:
         operands: Sequence[torch.Tensor],
         params: Sequence[int],
     ) -> torch.Tensor:
-        """[B,H,M,E], laid out as [B,M,H,E]."""
+        """[B,H,M,E], laid out as [B,M,H,E]; ValueError for operands of another form or dtype."""
         spec = self.spec
+        self._check(q_BHMD, k_BGND, v_BGNE, operands)
         stored = [
             operand.to(_STORED[kind.kind]) for operand, kind in zip(operands, spec.operands, strict=True)
         ]
@@ -232,7 +245,7 @@ class FlexRunner:
             k_BGND, v_BGNE = (_with_zero_row(t) for t in (k_BGND, v_BGNE))
         rows, columns = q_BHMD.shape[2], k_BGND.shape[2]
         sizes = {M: rows, N: columns, **{param(i): value for i, value in enumerate(params)}}
-        out = self._call(
+        out = self._compiled()(
             [
                 *(_with_unit_stride(t) for t in (q_BHMD, k_BGND, v_BGNE)),
                 *self._block_lists(rows, columns, tuple(params)),
@@ -241,6 +254,31 @@ class FlexRunner:
             ]
         )
         return _with_empty_rows(out, q_BHMD, v_BGNE, stored, params, spec)
+
+    def _check(
+        self,
+        q_BHMD: torch.Tensor,
+        k_BGND: torch.Tensor,
+        v_BGNE: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+    ) -> None:
+        """The generated code checks nothing: what it was not made for would read wild memory."""
+        config = self.config
+        wanted = (
+            (config.heads, config.head_dim),
+            (config.kv_heads, config.head_dim),
+            (config.kv_heads, config.value_dim),
+        )
+        for name, tensor, (heads, dim) in zip(
+            "qkv", (q_BHMD, k_BGND, v_BGNE), wanted, strict=True
+        ):
+            if tensor.dtype != config.dtype or (tensor.shape[1], tensor.shape[3]) != (heads, dim):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel was made for "
+                    f"{config.dtype} with {heads} heads of {dim}"
+                )
+        if len(operands) != len(self.spec.operands):
+            raise ValueError(f"{len(operands)} operands instead of {len(self.spec.operands)}")
 
     def _block_lists(
         self, rows: int, columns: int, params: tuple[int, ...]

@@ -118,11 +118,13 @@ def _mask(
     empty = ~keep.any(-1, keepdim=True) if spec.empty_row is EmptyRow.NAN else None
     if bias is None and spec.empty_row is not EmptyRow.UNIFORM:
         return keep, empty
-    # Finite, so that a row without keys is the mean of V, as the model has it.
-    low = torch.finfo(problem.dtype).min if spec.empty_row is EmptyRow.UNIFORM else float("-inf")
-    if bias is None:
-        return torch.where(keep, 0.0, low).to(_mask_dtype(problem)), empty
-    mask = torch.where(keep, _four_axes(bias, spec.bias, problem), low)
+    if spec.empty_row is EmptyRow.UNIFORM:
+        # Finite, so that a row without keys is the mean of V, as the model has it: beside this
+        # number its scores vanish.
+        shut = (~keep).to(_mask_dtype(problem)) * torch.finfo(_mask_dtype(problem)).min
+        return shut if bias is None else _four_axes(bias, spec.bias, problem) + shut, None
+    opened = 0.0 if bias is None else _four_axes(bias, spec.bias, problem)
+    mask = torch.where(keep, opened, float("-inf"))
     return mask, _closed_rows(mask, spec)
 
 

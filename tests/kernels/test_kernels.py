@@ -1,0 +1,278 @@
+"""Every kernel against the oracle in float64, with same-precision SDPA-like eager as yardstick."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sympy
+import torch
+from check import assert_as_accurate
+
+from adaattn_compiler.kernels.choose import choose, kernels
+from adaattn_compiler.kernels.problem import Kernel, Problem, Shape, Sizes
+from adaattn_compiler.kernels.reference import reference_attention
+from adaattn_compiler.options import Options
+from adaattn_compiler.spec import (
+    AttentionSpec,
+    EmptyRow,
+    Load,
+    M,
+    N,
+    OperandSpec,
+    Refusal,
+    S,
+    Where,
+    b,
+    h,
+    k,
+    param,
+    q,
+)
+
+CAUSAL = sympy.Ge(q - k, 0)
+WINDOW = sympy.And(CAUSAL, sympy.Ge(k - q + 39, 0))
+PADDING = sympy.Ne(Load(0, b, k), 0)
+BOOL, FLOAT, INT = OperandSpec("bool", 2), OperandSpec("float", 2), OperandSpec("int", 2)
+
+# name -> (spec, shapes of its operands for B2 H4 M90 N90, params)
+SPECS: dict[str, tuple[AttentionSpec, tuple[tuple[int, ...], ...], tuple[int, ...]]] = {
+    "plain": (AttentionSpec(0.3), (), ()),
+    "causal": (AttentionSpec(0.3, mask=CAUSAL), (), ()),
+    "window": (AttentionSpec(0.3, mask=WINDOW), (), ()),
+    "gqa": (AttentionSpec(0.3, mask=CAUSAL, group=2), (), ()),
+    "padding": (
+        AttentionSpec(0.3, mask=PADDING, empty_row=EmptyRow.ZERO, operands=(BOOL,)),
+        ((2, 90),),
+        (),
+    ),
+    "causal padding uniform": (
+        AttentionSpec(
+            0.3,
+            mask=sympy.And(CAUSAL, PADDING),
+            empty_row=EmptyRow.UNIFORM,
+            operands=(INT,),
+            group=2,
+        ),
+        ((2, 90),),
+        (),
+    ),
+    "causal padding nan": (
+        AttentionSpec(
+            0.3, mask=sympy.And(CAUSAL, PADDING), empty_row=EmptyRow.NAN, operands=(BOOL,)
+        ),
+        ((2, 90),),
+        (),
+    ),
+    "alibi": (
+        AttentionSpec(0.3, S + (k - q) * Load(0, h), CAUSAL, operands=(OperandSpec("float", 1),)),
+        ((4,),),
+        (),
+    ),
+    "distance": (
+        AttentionSpec(0.3, S + Load(0, h, k - q + M - 1), operands=(FLOAT,)),
+        ((4, 179),),
+        (),
+    ),
+    "dense bias": (
+        AttentionSpec(0.3, S + Load(0, 0, h, q, k), operands=(OperandSpec("float", 4),)),
+        ((1, 4, 90, 90),),
+        (),
+    ),
+    "softcap": (AttentionSpec(0.1, 5 * sympy.tanh(S), CAUSAL), (), ()),
+    "sink": (
+        AttentionSpec(
+            0.3, mask=WINDOW, sink=Load(0, h), operands=(OperandSpec("float", 1),), group=2
+        ),
+        ((4,),),
+        (),
+    ),
+    "sink of masked rows": (
+        AttentionSpec(
+            0.3,
+            mask=sympy.Ge(q - k - 10, 0),
+            sink=Load(0, h),
+            empty_row=EmptyRow.ZERO,
+            operands=(OperandSpec("float", 1),),
+        ),
+        ((4,),),
+        (),
+    ),
+    "finite fill": (AttentionSpec(0.3, Where(CAUSAL, S, sympy.Integer(-20))), (), ()),
+    "prefix at run time": (
+        AttentionSpec(0.3, mask=sympy.Or(CAUSAL, sympy.Ge(param(0) - k, 0)), params=1),
+        (),
+        (17,),
+    ),
+    "last rows": (AttentionSpec(0.3, mask=sympy.Ge(q + N - M - k, 0)), (), ()),
+    "per head": (AttentionSpec(0.3, mask=sympy.Or(CAUSAL, sympy.Ge(h - 2, 0))), (), ()),
+}
+
+
+def problem_of(name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Problem:
+    spec, shapes, params = SPECS[name]
+    rows, columns = sizes.get("rows", 90), sizes.get("columns", 90)
+    shape = Shape(2, 4, 4 // spec.group, rows, columns, 16, 16, (2, rows, columns))
+    return Problem(spec, shape, dtype, "cpu", False, shapes, params)
+
+
+def random_inputs(problem: Problem, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = problem.shape
+    batch, rows, columns = shape.hints
+
+    def random(heads: int, length: int, dim: int) -> torch.Tensor:
+        data = torch.randn(batch, length, heads, dim, generator=generator)
+        return data.transpose(1, 2).to(problem.dtype)
+
+    tensors = [
+        random(shape.heads, rows, shape.head_dim),
+        random(shape.kv_heads, columns, shape.head_dim),
+        random(shape.kv_heads, columns, shape.value_dim),
+    ]
+    operands = []
+    for kind, size in zip(problem.spec.operands, problem.operand_shapes, strict=True):
+        if kind.kind == "float":
+            wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
+            operands.append(torch.randn(size, generator=generator).to(wide))
+        else:
+            keep = torch.rand(size, generator=generator) > 0.4
+            keep[..., :3] = False  # so that causal rows are empty
+            operands.append(keep if kind.kind == "bool" else keep.long())
+    return tensors, operands
+
+
+def call(kernel: Kernel, problem: Problem, seed: int = 0) -> torch.Tensor:
+    tensors, operands = random_inputs(problem, seed)
+    batch, rows, columns = problem.shape.hints
+    sizes = Sizes(batch, problem.shape.heads, rows, columns, problem.param_hints)
+    with torch.no_grad():
+        result: torch.Tensor = kernel.build(problem)(*tensors, operands, sizes)
+    return result
+
+
+def oracle(problem: Problem, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    tensors, operands = random_inputs(problem, seed)
+    wide = [t.to(dtype) for t in tensors]
+    extra = [o.to(dtype) if o.is_floating_point() else o for o in operands]
+    return reference_attention(*wide, extra, problem.param_hints, problem.spec)
+
+
+def by_name(name: str) -> Kernel:
+    return next(kernel for kernel in kernels() if kernel.name == name)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("kernel", ["sdpa", "strips"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_kernel_is_as_accurate_as_eager(name: str, kernel: str, dtype: torch.dtype) -> None:
+    problem = problem_of(name, dtype)
+    chosen = by_name(kernel)
+    if chosen.refusal(problem) is not None:
+        assert kernel == "sdpa"
+        assert name in ("softcap", "sink", "sink of masked rows", "finite fill")
+        return
+    ours, eager = call(chosen, problem), oracle(problem, dtype)
+    assert_as_accurate(ours, eager, oracle(problem, torch.float64))
+
+
+@pytest.mark.parametrize("name", ["sink", "alibi", "causal padding uniform"])
+def test_flex_is_as_accurate_as_eager(name: str) -> None:
+    problem = problem_of(name)
+    ours, eager = call(by_name("flex"), problem), oracle(problem, torch.float32)
+    assert_as_accurate(ours, eager, oracle(problem, torch.float64))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 700), (300, 300), (513, 257), (7, 90)])
+@pytest.mark.parametrize("name", ["causal", "window", "last rows", "softcap"])
+def test_strips_take_any_lengths(name: str, rows: int, columns: int) -> None:
+    if name == "last rows" and rows > columns:
+        pytest.skip("rows before the first key")
+    problem = problem_of(name, rows=rows, columns=columns)
+    if name in ("window",) and rows > columns:
+        spec = dataclasses.replace(problem.spec, empty_row=EmptyRow.ZERO)
+        problem = dataclasses.replace(problem, spec=spec)
+    ours, eager = call(by_name("strips"), problem), oracle(problem, torch.float32)
+    assert_as_accurate(ours, eager, oracle(problem, torch.float64))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "sink"])
+def test_nan_reaches_every_row_that_attends_to_it(name: str) -> None:
+    problem = problem_of(name)
+    tensors, operands = random_inputs(problem)
+    tensors[1][0, 0, 5, 3] = float("nan")
+    batch, rows, columns = problem.shape.hints
+    attention = by_name("strips").build(problem)
+    ours = attention(*tensors, operands, Sizes(batch, 4, rows, columns))
+    eager = reference_attention(*tensors, operands, (), problem.spec)
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert ours.isnan().any()
+
+
+def test_the_op_keeps_to_its_contract() -> None:
+    problem = problem_of("window")
+    tensors, _ = random_inputs(problem)
+    plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})
+    torch.library.opcheck(
+        torch.ops.adaattn.attention.default,
+        (*tensors, [], [], plan),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_text_that_is_no_plan_is_refused() -> None:
+    tensors, _ = random_inputs(problem_of("plain"))
+    with pytest.raises(ValueError, match="not a plan"):
+        torch.ops.adaattn.attention(*tensors, [], [], "{}")
+
+
+def test_a_spec_is_the_same_after_a_round_trip() -> None:
+    for spec, _, _ in SPECS.values():
+        assert AttentionSpec.deserialize(spec.serialize()) == spec
+    with pytest.raises(ValueError, match="not a serialized"):
+        AttentionSpec.deserialize("{'scale': 1}")
+
+
+def test_flex_refuses_wrong_operands() -> None:
+    from adaattn_compiler.kernels.flex import flex_runner, plan_of
+
+    problem = problem_of("alibi")
+    runner = flex_runner(plan_of(problem))
+    tensors, operands = random_inputs(problem)
+    with pytest.raises(ValueError, match=r"made for torch\.float32"):
+        runner(tensors[0].double(), *tensors[1:], operands, ())
+    with pytest.raises(ValueError, match="0 operands"):
+        runner(*tensors, [], ())
+
+
+def test_flex_is_built_anew_for_other_numbers_of_threads() -> None:
+    problem = problem_of("alibi")
+    threads = torch.get_num_threads()
+    expected = call(by_name("flex"), problem)
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.allclose(call(by_name("flex"), problem), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_choice_says_why_and_is_kept(tmp_path: object) -> None:
+    problem = problem_of("window", rows=1500, columns=1500)
+    options = Options(cache_dir=tmp_path, kernels=("sdpa", "strips"))  # type: ignore[arg-type]
+    import adaattn_compiler.kernels.choose as module
+
+    before = module._SMALL
+    module._SMALL = 0.0
+    try:
+        first = choose(problem, options)
+        again = choose(problem, options)
+    finally:
+        module._SMALL = before
+    assert first.why.startswith("measured")
+    assert again.times == first.times
+
+
+def test_no_kernel_is_a_refusal_with_each_reason() -> None:
+    problem = dataclasses.replace(problem_of("softcap"), requires_grad=True)
+    with pytest.raises(Refusal, match=r"sdpa: .*strips: .*flex: "):
+        choose(problem, Options())
