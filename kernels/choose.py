@@ -115,7 +115,9 @@ def _fastest(near: list[Kernel], problem: Problem, options: Options) -> Choice:
     if not times:
         return _built(near, problem, "least cost by estimate")
     order = sorted(near, key=lambda kernel: times.get(kernel.name, float("inf")))
-    others = ", ".join(f"{name} {1e3 * t:.2f} ms" for name, t in sorted(times.items(), key=lambda i: i[1]))
+    others = ", ".join(
+        f"{name} {1e3 * t:.2f} ms" for name, t in sorted(times.items(), key=lambda i: i[1])
+    )
     choice = _built(order, problem, f"measured: {others}")
     return Choice(choice.kernel, choice.why, tuple(sorted(times.items())))
 

@@ -239,7 +239,8 @@ class FlexRunner:
         spec = self.spec
         self._check(q_BHMD, k_BGND, v_BGNE, operands)
         stored = [
-            operand.to(_STORED[kind.kind]) for operand, kind in zip(operands, spec.operands, strict=True)
+            operand.to(_STORED[kind.kind])
+            for operand, kind in zip(operands, spec.operands, strict=True)
         ]
         if spec.sink is not None:
             k_BGND, v_BGNE = (_with_zero_row(t) for t in (k_BGND, v_BGNE))
@@ -269,9 +270,7 @@ class FlexRunner:
             (config.kv_heads, config.head_dim),
             (config.kv_heads, config.value_dim),
         )
-        for name, tensor, (heads, dim) in zip(
-            "qkv", (q_BHMD, k_BGND, v_BGNE), wanted, strict=True
-        ):
+        for name, tensor, (heads, dim) in zip("qkv", (q_BHMD, k_BGND, v_BGNE), wanted, strict=True):
             if tensor.dtype != config.dtype or (tensor.shape[1], tensor.shape[3]) != (heads, dim):
                 raise ValueError(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel was made for "

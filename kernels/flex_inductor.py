@@ -160,7 +160,12 @@ def _example(
         # As if [B,N,H,D] lay in memory (the result is laid out like Q), with gaps: were it dense,
         # its strides would be taken for products of its sizes.
         row = heads * dim + 24
-        strides = (sizes.size(int(length.node.hint) * row + 40), sizes.size(dim + 8), sizes.size(row), 1)
+        strides = (
+            sizes.size(int(length.node.hint) * row + 40),
+            sizes.size(dim + 8),
+            sizes.size(row),
+            1,
+        )
         return sizes.tensor((batch, heads, length, dim), strides, config.dtype)
 
     mask_batch, mask_heads = sizes.size(5), sizes.size(7)
@@ -170,9 +175,7 @@ def _example(
     lists = [
         sizes.contiguous(shape, torch.int32) for shape in (lead, (*lead, some), lead, (*lead, full))
     ]
-    extra = [
-        sizes.contiguous([sizes.size(101)] if rank else [], dtype) for dtype, rank in operands
-    ]
+    extra = [sizes.contiguous([sizes.size(101)] if rank else [], dtype) for dtype, rank in operands]
     return [
         operand(config.heads, rows, config.head_dim),
         operand(config.kv_heads, columns, config.head_dim),
@@ -197,4 +200,5 @@ def _block_tuple(
         "mask_mod": mask_mod,
     }
     names = code.co_varnames[1 : code.co_argcount]
-    return BlockMask(**{name: given.get(name) for name in names}).as_tuple()
+    named: dict[str, Any] = {name: given.get(name) for name in names}
+    return BlockMask(**named).as_tuple()

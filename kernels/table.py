@@ -53,7 +53,9 @@ class MeasurementTable:
 
 @functools.lru_cache(maxsize=None)
 def _warn_once(folder: str, error: str) -> None:
-    log.warning("measurements cannot be kept in %s (%s): they are made again each time", folder, error)
+    log.warning(
+        "measurements cannot be kept in %s (%s): they are made again each time", folder, error
+    )
 
 
 def machine() -> str:

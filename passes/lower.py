@@ -7,6 +7,7 @@ attention needed is erased. The original graph is never edited.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +36,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Lowered:
-    """A site and the kernel that computes it now."""
+    """A site and the kernel that computes it now; seconds spent on choosing and building it."""
 
     site: Site
     problem: Problem
     choice: Choice
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def _lowered(
     shared = dict(memo)
     try:
         problem = problem_of(site)
+        begin = time.perf_counter()
         choice = choose(problem, options)
+        seconds = time.perf_counter() - begin
         result = _call(emitter, site, problem, choice, memo)
         _replace(emitter, site, result)
     except (Refusal, NotAffine) as refusal:
@@ -139,7 +143,7 @@ def _lowered(
         reason = str(refusal)
         return Refused(site.name, site.spelling, reason, site.anchor)
     _annotate(emitter, before)
-    return Lowered(site, problem, choice)
+    return Lowered(site, problem, choice, seconds)
 
 
 def problem_of(site: Site) -> Problem:

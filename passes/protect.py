@@ -57,7 +57,9 @@ def _respelled(
     named = arguments(node)
     try:
         scores = emitter.tensor(named["self"])
-        emitter.written[node] = emitter.call(_softmax_over, scores, named["dim"], meta_of(node).dtype)
+        emitter.written[node] = emitter.call(
+            _softmax_over, scores, named["dim"], meta_of(node).dtype
+        )
         new = emitter.tensor_of_origin(value)
     except Refusal:
         for written in reversed(emitter.new):

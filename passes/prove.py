@@ -134,9 +134,7 @@ def _some(size: int, count: int) -> torch.Tensor:
     return torch.cat([torch.tensor([0]), inner.sort().values, torch.tensor([size - 1])])
 
 
-def _at(
-    index: Index, places: dict[str, torch.Tensor], site: Site, sizes: Resizing
-) -> torch.Tensor:
+def _at(index: Index, places: dict[str, torch.Tensor], site: Site, sizes: Resizing) -> torch.Tensor:
     """A dimension's index at the drawn places."""
     axes: dict[Axis, str] = {
         site.axes.batch: "b",

@@ -173,6 +173,9 @@ def test_kernel_is_as_accurate_as_eager(name: str, kernel: str, dtype: torch.dty
         assert name in ("softcap", "sink", "sink of masked rows", "finite fill")
         return
     ours, eager = call(chosen, problem), oracle(problem, dtype)
+    if dtype == torch.float64:  # eager is the oracle itself: another order of sums is all there is
+        assert torch.allclose(ours, eager, rtol=1e-11, atol=1e-12, equal_nan=True)
+        return
     assert_as_accurate(ours, eager, oracle(problem, torch.float64))
 
 
