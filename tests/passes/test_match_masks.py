@@ -226,7 +226,7 @@ def causal_with_fewer_keys_and_empty_rows(q, k, v):
 )
 def causal_dynamic(q, k, v):
     n = q.shape[1]
-    q, k, v = (t.view(-1, n, H, w).transpose(1, 2) for t, w in ((q, D), (k, D), (v, E)))
+    q, k, v = (t.view(t.shape[0], n, H, w).transpose(1, 2) for t, w in ((q, D), (k, D), (v, E)))
     keep = torch.ones(n, n, dtype=torch.bool).tril()
     return weighted(scored(q, k).masked_fill(~keep, -INF), v)
 
