@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from check import assert_as_accurate, in_float64, run
-from families import FAMILIES, Family, attended, output
+from check import assert_as_accurate, run
+from families import FAMILIES, Family, attended, exact_output, output
 
 from adaattn_compiler import explain
 from adaattn_compiler.kernels.choose import kernels
@@ -43,8 +43,7 @@ def test_family_is_lowered_and_as_accurate_as_eager(family: Family, implementati
     model, inputs = family.model(implementation), family.inputs()
     outcome = run(lambda **given: output(model, given), **inputs)
     assert [site.reason for site in outcome.sites] == [None] * len(family.masks)
-    with torch.no_grad():
-        exact = output(in_float64(model), in_float64(inputs))
+    exact = exact_output(model, inputs)
     assert not (outcome.result.isnan() & ~outcome.eager.isnan()).any()
     assert_as_accurate(
         _reported(family, outcome.result),
@@ -66,7 +65,7 @@ def test_backend_with_inductor_is_as_accurate_as_eager(name: str) -> None:
         eager = output(model, inputs)
         compiled = torch.compile(model, backend="adaattn")
         ours = output(compiled, inputs)
-        exact = output(in_float64(model), in_float64(inputs))
+        exact = exact_output(model, inputs)
     assert_as_accurate(ours, eager, exact)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from check import in_float64
 
 BATCH, LENGTH, VOCABULARY, WINDOW = 2, 32, 64, 8
 PADDING = 12  # positions of padding in the first sequence
@@ -64,6 +65,15 @@ def output(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
     result = model(**inputs)
     tensor: torch.Tensor = result.logits if "logits" in result else result.last_hidden_state
     return tensor
+
+
+def exact_output(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The same in float64."""
+    model = in_float64(model)
+    if hasattr(model.config, "num_local_experts"):
+        model.config._experts_implementation = "eager"  # the others have no float64
+    with torch.no_grad():
+        return output(model, in_float64(inputs))
 
 
 def tokens(length: int = LENGTH, batch: int = BATCH) -> torch.Tensor:
@@ -225,7 +235,6 @@ def gpt_oss(implementation: str) -> torch.nn.Module:
             num_experts_per_tok=1,
             sliding_window=WINDOW,
             attn_implementation=implementation,
-            experts_implementation="eager",  # the others have no float64
         )
     )
 
