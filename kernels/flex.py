@@ -94,7 +94,7 @@ def plan_of(problem: Problem) -> str:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def flex_runner(plan: str) -> FlexRunner:
     """The runner of a plan, compiled once for a process. Raises what the compilation raises."""
     fields = ast.literal_eval(plan)
@@ -142,7 +142,7 @@ class _Reads:
         return _Reads(tuple(tables), tuple(sizes))
 
     def operands(self, kinds: Sequence[torch.dtype]) -> list[tuple[torch.dtype, int]]:
-        """(dtype, rank) of what `values` gives: each table flat with its strides, then the sizes."""
+        """(dtype, rank) of what `values` gives: tables flat with strides, then sizes."""
         out: list[tuple[torch.dtype, int]] = []
         for table in self.tables:
             out.append((kinds[table.operand], min(len(table.places), 1)))

@@ -116,8 +116,8 @@ def compile_flex(
 def read_table(table: Any, index: Any) -> Any:
     """The element of a table [n] at an index, as the template can generate it.
 
-    This read is neither wrapped nor checked: `table[index]` would mention the table's size, a symbol
-    that the template does not declare.
+    This read is neither wrapped nor checked: `table[index]` would mention the table's size, which
+    the template does not declare.
     """
     index = torch.as_tensor(index).to(torch.int64)
     return torch.ops.aten._unsafe_masked_index.default(table, index >= 0, [index], 0)

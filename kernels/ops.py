@@ -42,11 +42,11 @@ def attention(
 
 
 def _finite(*tensors: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite (a sum that overflows says no, too: slow, not wrong)."""
+    """Whether no element is NaN or infinite (an overflowing sum says no, too: slow, not wrong)."""
     return all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _kernel_of(plan: str) -> str:
     """The name of the kernel that a plan is for."""
     try:

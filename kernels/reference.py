@@ -51,8 +51,8 @@ def reference_attention(
     """softmax(score(scale * Q K^T), over the keys in the mask) V.
 
     q: [B,H,M,D], k: [B,G,N,D], v: [B,G,N,E] with H = G * spec.group; operands and params as the
-    spec numbers them. rows_of: (first row, M) where q holds only some of the rows. Returns [B,H,M,E]
-    of v's dtype. Dropout is not applied.
+    spec numbers them. rows_of: (first row, M) where q holds only some of the rows.
+    Returns [B,H,M,E] of v's dtype. Dropout is not applied.
     """
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]

@@ -102,7 +102,7 @@ def key_ranges(mask: Any, rows: int, columns: int, params: Sequence[int]) -> lis
     return ranges
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def strips_runner(plan: str) -> StripsRunner:
     """The runner of a plan, one for a process."""
     return StripsRunner(AttentionSpec.deserialize(ast.literal_eval(plan)["spec"]))
@@ -205,15 +205,15 @@ class _Context:
     operands: Sequence[torch.Tensor]
     params: Sequence[int]
     length: _Length
-    v_BGNE: torch.Tensor
+    v: torch.Tensor
 
     def values(self) -> dict[Any, Any]:
         """The strip's positions and the sizes."""
         start, count, first, last = self.strip
-        device = self.v_BGNE.device
-        heads = self.v_BGNE.shape[1] * self.spec.group
+        device = self.v.device
+        heads = self.v.shape[1] * self.spec.group
         return {
-            b: torch.arange(self.v_BGNE.shape[0], device=device).reshape(-1, 1, 1, 1),
+            b: torch.arange(self.v.shape[0], device=device).reshape(-1, 1, 1, 1),
             h: torch.arange(heads, device=device).reshape(-1, 1, 1),
             q: torch.arange(start, start + count, device=device).reshape(-1, 1),
             k: torch.arange(first, last, device=device),
@@ -225,7 +225,7 @@ class _Context:
         """An expression on the strip, with four axes."""
         values = {**self.values(), **(more or {})}
         value = evaluate_dense(expression, values, self.operands, self.params, partial=True)
-        tensor = torch.as_tensor(value, device=self.v_BGNE.device)
+        tensor = torch.as_tensor(value, device=self.v.device)
         return tensor[(None,) * (4 - tensor.dim()) + (...,)]
 
     def has_key(self) -> torch.Tensor:
@@ -268,7 +268,7 @@ class _Context:
         if self.spec.empty_row is EmptyRow.NAN and self.spec.sink is None:
             return torch.where(has_key, out, float("nan"))
         if self.spec.empty_row is EmptyRow.UNIFORM and self.spec.sink is None:
-            mean = self.v_BGNE.mean(2, keepdim=True).repeat_interleave(self.spec.group, 1)
+            mean = self.v.mean(2, keepdim=True).repeat_interleave(self.spec.group, 1)
             return torch.where(has_key, out, mean)
         return torch.where(has_key, out, torch.zeros((), dtype=out.dtype))
 

@@ -51,7 +51,7 @@ class MeasurementTable:
             _warn_once(str(self._folder), str(error))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(folder: str, error: str) -> None:
     log.warning(
         "measurements cannot be kept in %s (%s): they are made again each time", folder, error

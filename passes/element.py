@@ -645,9 +645,24 @@ for _relation, _name in (
 ):
     _packet = getattr(aten, _name)
     _register(_comparison(_relation), _packet.Tensor, _packet.Scalar)
-_register(_logical(sympy.And, _BINARY), aten.logical_and.default, aten.bitwise_and.Tensor)
-_register(_logical(sympy.Or, _BINARY), aten.logical_or.default, aten.bitwise_or.Tensor)
-_register(_logical(sympy.Xor, _BINARY), aten.logical_xor.default, aten.bitwise_xor.Tensor)
+_register(
+    _logical(sympy.And, _BINARY),
+    aten.logical_and.default,
+    aten.bitwise_and.Tensor,
+    aten.bitwise_and.Scalar,
+)
+_register(
+    _logical(sympy.Or, _BINARY),
+    aten.logical_or.default,
+    aten.bitwise_or.Tensor,
+    aten.bitwise_or.Scalar,
+)
+_register(
+    _logical(sympy.Xor, _BINARY),
+    aten.logical_xor.default,
+    aten.bitwise_xor.Tensor,
+    aten.bitwise_xor.Scalar,
+)
 _register(_logical(sympy.Not, ("self",)), aten.logical_not.default, aten.bitwise_not.default)
 _register(_where, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 _register(_masked_fill, aten.masked_fill.Scalar, aten.masked_fill.Tensor)

@@ -75,7 +75,7 @@ class Emitter:
         return _unwrapped(result)
 
     def node(self, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
-        """Write one call, also of what would run at once for want of a proxy (`torch.arange(8)`)."""
+        """Write one call, also one that no proxy would hold up (`torch.arange(8)`)."""
         node: fx.Node = self.call(
             lambda given, named: self._tracer.create_proxy("call_function", target, given, named),
             args,
