@@ -55,6 +55,11 @@ class Where(sympy.Function):  # type: ignore[misc]
             return y
         return x if x == y else None
 
+    def _eval_is_integer(self) -> bool | None:
+        """Without this a comparison of `Where(c, 1, 0)` counts as one of reals."""
+        _, x, y = self.args
+        return True if x.is_integer and y.is_integer else None
+
 
 class EmptyRow(enum.Enum):
     """What a query row yields whose scores are all -inf (or masked), as the model has it."""

@@ -41,6 +41,8 @@ def evaluate(expression: Any, values: Mapping[sympy.Symbol, Any], load: LoadFunc
         return load(int(expression.args[0]), expression.args[1:])
     if isinstance(expression, Where):
         condition, x, y = (value(arg) for arg in expression.args)
+        if isinstance(condition, bool):
+            return x if condition else y
         return torch.where(condition, x, y)
     if isinstance(expression, sympy.floor):
         numerator, denominator = expression.args[0].as_numer_denom()
@@ -79,6 +81,10 @@ def _folded(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 def _extreme(tensor_form: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     def both(x: Any, y: Any) -> Any:
+        if isinstance(x, (int, float)):
+            x, y = y, x
+        if isinstance(x, (int, float)):
+            return max(x, y) if tensor_form is torch.maximum else min(x, y)
         if isinstance(y, (int, float)):
             return x.clamp(min=y) if tensor_form is torch.maximum else x.clamp(max=y)
         return tensor_form(x, y)

@@ -151,7 +151,11 @@ class ElementReader:
         if access.node.target is getitem:
             return _item(self, access, {})
         reader = _READERS.get(access.node.target)
-        return self.load(access) if reader is None else reader(self, access, arguments(access.node))
+        if reader is None:
+            return self.load(access)
+        element = reader(self, access, arguments(access.node))
+        # A product of booleans is one, though it was multiplied as numbers.
+        return as_condition(element) if meta_of(access.node).dtype == torch.bool else element
 
     def is_row_statistic(self, access: Access) -> bool:
         """Whether a reduction of something is the same for every key of a row of scores."""

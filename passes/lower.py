@@ -7,6 +7,7 @@ attention needed is erased. The original graph is never edited.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from adaattn_compiler.passes.views import Access, input_access
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
+
+log = logging.getLogger("adaattn_compiler")
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,16 @@ def _lowered(
         seconds = time.perf_counter() - begin
         result = _call(emitter, site, problem, choice, memo)
         _replace(emitter, site, result)
-    except (Refusal, NotAffine) as refusal:
+    except Exception as error:
+        expected = isinstance(error, (Refusal, NotAffine))
+        if not expected:
+            log.warning("a site could not be written, it is left to Inductor: %r", error)
+            log.debug("where it failed", exc_info=True)
         for node in reversed(emitter.new):
             tracer.graph.erase_node(node)
         memo.clear()
         memo.update(shared)
-        reason = str(refusal)
+        reason = str(error) if expected else f"writing it failed: {error!r}"
         return Refused(site.name, site.spelling, reason, site.anchor)
     _annotate(emitter, before)
     return Lowered(site, problem, choice, seconds)

@@ -43,9 +43,11 @@ from adaattn_compiler.passes.sides import SideReader
 from adaattn_compiler.passes.site import Site
 from adaattn_compiler.passes.views import Access, is_view
 from adaattn_compiler.predicates import has_key_in_every_row, normalized, simplified
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, Refusal, Where, k, q
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, Refusal, S, Where, k, q
 
 aten = torch.ops.aten
+
+log = logging.getLogger("adaattn_compiler")
 
 
 @dataclass(frozen=True)
@@ -425,6 +427,10 @@ def _assembled(
     score, mask, sink, factor, *elements = numbered.expressions
     facts = _facts(axes)
     mask = simplified(mask, facts)
+    if mask == sympy.false:
+        raise Refusal("a mask that shuts out every key", fields["anchor"])
+    if (score - S).is_number and score != S:
+        raise Refusal("scores shifted by a constant", fields["anchor"])
     group = axes.group
     closing = None
     if any(numbered.operands[int(load.args[0])].kind == "float" for load in score.atoms(Load)):

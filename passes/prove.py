@@ -7,6 +7,7 @@ the expression on rows drawn at random, always among them the first and the last
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,9 @@ from adaattn_compiler.passes.match import Refused
 from adaattn_compiler.passes.site import Site
 from adaattn_compiler.passes.slices import Resizing, size_hint, slice_to
 from adaattn_compiler.passes.views import Access
-from adaattn_compiler.spec import Load, Refusal, b, h, k, q
+from adaattn_compiler.spec import Load, b, h, k, q
+
+log = logging.getLogger("adaattn_compiler")
 
 # Larger tensors are not made for a proof; they keep what validation says of them.
 _MOST_ELEMENTS = 1 << 26
@@ -39,13 +42,24 @@ def prove_masks(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Si
             for access, element in item.readings:
                 key = (access, element)
                 if key not in verdicts:
-                    verdicts[key] = _disagreement(view, item, access, element, values)
+                    verdicts[key] = _verdict(view, item, access, element, values)
                 if verdicts[key] is not None:
                     reason = f"mask not proven: {verdicts[key]}"
                     item = Refused(item.name, item.spelling, reason, item.anchor)
                     break
         out.append(item)
     return out
+
+
+def _verdict(
+    view: CanonicalView, site: Site, access: Access, element: Any, values: dict[fx.Node, Any]
+) -> str | None:
+    """Why a reading is not believed; what goes wrong in the proof is such a reason."""
+    try:
+        return _disagreement(view, site, access, element, values)
+    except Exception as error:
+        log.debug("where a proof failed", exc_info=True)
+        return f"{type(error).__name__}: {error}"
 
 
 def _disagreement(
@@ -63,10 +77,7 @@ def _disagreement(
         return None
     sizes = {name: _hint(size, fake) for name, size in site.sizes.items()}
     true = Resizing.to(site.sizes, sizes, sizes, fake)
-    try:
-        tensor, operands = _computed(view, site, access.node, true, values)
-    except (Refusal, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {error}"
+    tensor, operands = _computed(view, site, access.node, true, values)
     places = _drawn_places(sizes)
     read = tensor[tuple(_at(position, places, site, true) for position in access.index)]
     symbols: dict[Any, Any] = positions((), tensor, [sizes[name] for name in ("B", "H", "M", "N")])

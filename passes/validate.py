@@ -69,7 +69,7 @@ def _disagreement(view: CanonicalView, site: Site, piece: Slice) -> str | None:
     for resizing in _resizings(site):
         try:
             return _compared(site, piece, resizing)
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        except Exception as error:
             errors.append(
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )

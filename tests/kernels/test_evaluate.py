@@ -189,7 +189,6 @@ def test_comparisons(relation: Any) -> None:
         assert bool(found[r, c]) == bool(relation(sympy.Integer(r), sympy.Integer(c)))
 
 
-@pytest.mark.xfail(strict=False, reason="extremes and choices take numbers for tensors")
 @pytest.mark.parametrize(
     ("expression", "at"),
     [
