@@ -164,10 +164,12 @@ def _line(cells: tuple[str, ...], markdown: bool) -> str:
 def _head(machine: dict[str, str], markdown: bool) -> list[str]:
     lines = [f"{'- ' if markdown else ''}{name}: {value}" for name, value in machine.items()]
     note = "ratio: times faster than backend=inductor in the same round; above 1 adaattn is faster"
-    lines += ["", note, "", _line(_COLUMNS, markdown)]
-    if markdown:
-        lines.append("|" + "---|" * len(_COLUMNS))
-    return lines
+    return [*lines, "", note, ""]
+
+
+def _titles(markdown: bool) -> list[str]:
+    rule = ["|" + "---|" * len(_COLUMNS)] if markdown else []
+    return [_line(_COLUMNS, markdown), *rule]
 
 
 def _verdict(rows: list[Row], failed: list[str]) -> str:
@@ -245,6 +247,7 @@ def _report(chosen: list[Case], memory: bool, given: argparse.Namespace) -> None
     print("\n".join(_head(machine, given.markdown)), flush=True)
     if chosen:
         _warm_up()
+        print("\n".join(_titles(given.markdown)), flush=True)
     rows, failed = _run_cases(chosen, given)
     memories = _run_memory(given) if memory else []
     if given.json is not None:
@@ -253,7 +256,8 @@ def _report(chosen: list[Case], memory: bool, given: argparse.Namespace) -> None
         given.json.write_text(json.dumps(found, indent=1))
     if given.smoke:
         print("\nsmoke: it runs; at these sizes and with two rounds the figures mean nothing")
-    print("\n" + _verdict(rows, failed))
+    if chosen:
+        print("\n" + _verdict(rows, failed))
     if failed:
         raise SystemExit(1)
 
