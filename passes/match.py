@@ -47,8 +47,6 @@ from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, Refusal, 
 
 aten = torch.ops.aten
 
-log = logging.getLogger("adaattn_compiler")
-
 
 @dataclass(frozen=True)
 class Refused:
