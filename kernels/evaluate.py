@@ -61,7 +61,7 @@ def _ordered(expression: Any) -> Sequence[Any]:
     """Arguments with tensors first, so that an operator never starts from two numbers."""
     return (
         sorted(expression.args, key=lambda arg: (arg.is_number, str(arg)))
-        if (isinstance(expression, (sympy.Add, sympy.Mul)))
+        if (isinstance(expression, (sympy.Add, sympy.Mul, sympy.Max, sympy.Min)))
         else expression.args
     )
 

@@ -51,6 +51,8 @@ class FlexKernel:
             return "flex_attention has no backward on the CPU"
         if spec.dropout_p > 0:
             return "flex_attention has no dropout"
+        if any(isinstance(hint, float) for hint in problem.param_hints):
+            return "a number in the score is known only at run time"
         if problem.dtype not in _DTYPES:
             return f"not for {problem.dtype}"
         for expression in (spec.score, spec.mask, spec.sink):

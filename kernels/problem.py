@@ -40,7 +40,7 @@ class Shape:
 class Problem:
     """One attention to lower: q [B,H,M,D], k [B,G,N,D], v [B,G,N,E] of one dtype.
 
-    operand_shapes and param_hints: sizes of the spec's operands and its run-time integers, as seen
+    operand_shapes and param_hints: sizes of the spec's operands and its run-time numbers, as seen
     when compiling.
     """
 
@@ -50,7 +50,7 @@ class Problem:
     device: str
     requires_grad: bool
     operand_shapes: tuple[tuple[int, ...], ...] = ()
-    param_hints: tuple[int, ...] = ()
+    param_hints: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class StripsKernel:
             return "no backward yet"
         if spec.dropout_p > 0:
             return "no dropout"
+        if any(isinstance(hint, float) for hint in problem.param_hints):
+            return "a number in the score is known only at run time"
         for expression in (spec.score, spec.mask, spec.sink):
             if expression is not None and not is_printable(expression):
                 return f"no code for {expression}"

@@ -127,7 +127,7 @@ def canonicalize(graph_module: fx.GraphModule, real: Sequence[Any] = ()) -> Cano
         raise Refusal("no input is a tensor")
     with undisturbed(fake_mode), fake_mode, recorder:
         interpreter.run(*inputs)
-    return recorder.finish(graph_module.graph, _buffers(graph_module.graph, real))
+    return recorder.finish(_buffers(graph_module.graph, real))
 
 
 def _buffers(graph: fx.Graph, real: Sequence[Any]) -> dict[str, tuple[int, torch.Tensor]]:
@@ -173,6 +173,7 @@ class _Recorder(TorchDispatchMode):
         self.constants: dict[fx.Node, torch.Tensor] = {}
         self.effects: set[fx.Node] = set()
         self.inputs: set[int] = set()
+        self.results: list[fx.Node] = []
 
     # -- recording -------------------------------------------------------------------------
 
@@ -226,16 +227,6 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, written: list[torch.Tensor], args: Any, kwargs: Any, result: Any
     ) -> None:
         functional = _functional_twin(func)
-        for tensor in written:
-            storage = _storage(tensor)
-            for alias in self.aliases.get(storage, []):
-                old = self.node_of[id(alias)]
-                if self.origin is not None:
-                    self.read_until.setdefault(old, self.origin)
-                if alias is not tensor:
-                    stale = self.graph.create_node("call_function", overwritten, (old,))
-                    stale.meta.update(old.meta, origin=self.origin)
-                    self.node_of[id(alias)] = stale
         target = functional if functional is not None and len(written) == 1 else opaque
         if target is opaque:
             kwargs = {}
@@ -245,10 +236,24 @@ class _Recorder(TorchDispatchMode):
         node.meta["origin"] = self.origin
         if target is opaque or any(_storage(tensor) in self.inputs for tensor in written):
             self.effects.add(node)
+        self._overwrite(written, node)
         for tensor in written:
             self.bind(node, tensor)
         if isinstance(result, torch.Tensor) and id(result) not in self.node_of:
             self.bind(node, result)
+
+    def _overwrite(self, written: list[torch.Tensor], node: fx.Node) -> None:
+        """Note that a call changed these tensors, and all others of their storages with them."""
+        for tensor in written:
+            for alias in self.aliases.get(_storage(tensor), []):
+                old = self.node_of[id(alias)]
+                if self.origin is not None:
+                    self.read_until.setdefault(old, self.origin)
+                if alias is not tensor:
+                    # It needs the call, so that whoever keeps the alias keeps the call.
+                    stale = self.graph.create_node("call_function", overwritten, (old, node))
+                    stale.meta.update(old.meta, origin=self.origin)
+                    self.node_of[id(alias)] = stale
 
     def _constant(self, value: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         node = self.record(opaque, (), {}, result)
@@ -285,19 +290,12 @@ class _Recorder(TorchDispatchMode):
 
     # -- result ----------------------------------------------------------------------------
 
-    def finish(
-        self, dynamo_graph: fx.Graph, buffers: dict[str, tuple[int, torch.Tensor]]
-    ) -> CanonicalView:
+    def finish(self, buffers: dict[str, tuple[int, torch.Tensor]]) -> CanonicalView:
         known: dict[fx.Node, fx.Node] = {}
         for dynamo_node, value in self.values.items():
             if isinstance(value, fx.Node):
                 known.setdefault(value, dynamo_node)
-        results = [
-            node
-            for out in dynamo_graph.find_nodes(op="output")
-            for node in _nodes_in(out, self.values)
-        ]
-        self.graph.output(tuple(results))
+        self.graph.output(tuple(self.results))
         effects = frozenset(self.effects)
         return CanonicalView(
             self.graph,
@@ -328,6 +326,9 @@ class _RecordingInterpreter(fx.Interpreter):
         if n.op in ("placeholder", "get_attr"):
             result = self._input(n)
         elif n.op == "output":
+            # As the tensors are at the end, after all that was done to them in place.
+            (outputs,) = self.fetch_args_kwargs_from_env(n)[0]
+            recorder.results = list(_view_nodes(recorder.nodes(outputs)))
             return super().run_node(n)
         elif n.op == "call_function" and n.target in SDPA_TARGETS:
             result = self._whole(n, aten.scaled_dot_product_attention.default)
@@ -401,11 +402,6 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 def _has_tensor(tree: Any) -> bool:
     return next(_tensors(tree), None) is not None
-
-
-def _nodes_in(output: fx.Node, values: dict[fx.Node, Any]) -> Iterator[fx.Node]:
-    for dynamo_node in output.all_input_nodes:
-        yield from _view_nodes(values.get(dynamo_node))
 
 
 def _view_nodes(tree: Any) -> Iterator[fx.Node]:

@@ -180,7 +180,7 @@ def problem_of(site: Site) -> Problem:
         meta_of(q_node).device.type,
         site.requires_grad,
         tuple(_side_shape(side, site) for side in site.sides),
-        tuple(_hint(value, site) for value in site.params),
+        tuple(size_hint(value, site.q.access.node.meta["fake"]) for value in site.params),
     )
 
 

@@ -82,7 +82,7 @@ def _disagreement(
     read = tensor[tuple(_at(position, places, site, true) for position in access.index)]
     symbols: dict[Any, Any] = positions((), tensor, [sizes[name] for name in ("B", "H", "M", "N")])
     symbols |= {b: places["b"], h: places["h"], q: places["q"], k: places["k"]}
-    params = [true.number(param) for param in site.params]
+    params = [true.scalar(param) for param in site.params]
     expected = evaluate_dense(element, symbols, operands, params, partial=True)
     expected = torch.as_tensor(expected)
     if read.dtype == torch.bool or expected.dtype == torch.bool:

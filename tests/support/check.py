@@ -32,7 +32,10 @@ class Outcome:
 
 
 def compiled_without_inductor(
-    function: Callable[..., Any], options: Options, seen: list[Analysis], dynamic: bool | None = None
+    function: Callable[..., Any],
+    options: Options,
+    seen: list[Analysis],
+    dynamic: bool | None = None,
 ) -> Callable[..., Any]:
     """The function as rewritten by the passes and run by torch, without Inductor."""
 
