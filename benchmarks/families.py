@@ -2,7 +2,7 @@
 
 `without_mlp` leaves the attention with its norms and projections; `attention_alone` takes the
 projections away as well: q, k and v become slices of what the layer is given. `without_attention`
-is the model that memory is compared with.
+and `without_scores` are the models that memory is compared with.
 """
 
 from __future__ import annotations
@@ -195,6 +195,31 @@ def without_attention(model: nn.Module) -> nn.Module:
         model.h[0].self_attention = _Pair(2)
     else:
         model.encoder.block[0].layer[0].SelfAttention = _Pair(3)
+    return model
+
+
+class _SumOf(nn.Module):
+    """In place of an attention: its projections, and q + k + v in place of what lies between."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
+        of = self.attention
+        if hasattr(of, "query_key_value"):
+            q, k, v = of._reshape(of.query_key_value(x))
+            return of.dense((q + k + v).transpose(1, 2).flatten(2)), None
+        return of.o(of.q(x) + of.k(x) + of.v(x)), None, None
+
+
+def without_scores(model: nn.Module) -> nn.Module:
+    """The model, changed: its attention is its projections, and their sum."""
+    if type(model).__name__ == "BloomModel":
+        model.h[0].self_attention = _SumOf(model.h[0].self_attention)
+    else:
+        layer = model.encoder.block[0].layer[0]
+        layer.SelfAttention = _SumOf(layer.SelfAttention)
     return model
 
 

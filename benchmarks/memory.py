@@ -11,8 +11,10 @@ cannot be reset, the growth of VmHWM over all calls is taken, compiling included
 (ru_maxrss would do neither: it cannot be reset, and a new process begins with its parent's.)
 
 The models have no MLP (families.py), so that attention is the peak. What is left beside it is
-measured as well, by the same model whose attention (with its projections) is the identity, and
-subtracted. Allocations from 64 KiB up are mapped singly (MALLOC_MMAP_THRESHOLD_), so that the
+measured as well and subtracted, in two ways. `scores to values`: the same model with q + k + v in
+place of what lies between the projections, so that what is left is what attention itself takes.
+`with projections`: the same model whose attention is the identity, so that Q, K, V and their
+layouts count too. Allocations from 64 KiB up are mapped singly (MALLOC_MMAP_THRESHOLD_), so that the
 resident set follows what tensors take rather than what the allocator keeps.
 """
 
@@ -34,8 +36,9 @@ import torch
 from benchmarks import families
 
 MODELS = {"bloom": families.bloom, "t5": families.t5}
-_BASELINE = "no attention"
-_SUBJECTS = (_BASELINE, "inductor", "adaattn")
+# What is subtracted, and what it leaves.
+_BASELINES = {"no scores": "scores to values", "no attention": "with projections"}
+_SUBJECTS = (*_BASELINES, "inductor", "adaattn")
 
 
 @dataclass(frozen=True)
@@ -49,50 +52,54 @@ class Peak:
 
 @dataclass(frozen=True)
 class AttentionMemory:
-    """Bytes of attention in a model: Inductor's and ours; the peaks that they come from."""
+    """The peaks of one model, by subject; what attention takes is a difference of two."""
 
     model: str
     length: int
-    inductor: int
-    adaattn: int
     peaks: dict[str, Peak]
 
-    @property
-    def share(self) -> float:
+    def of(self, subject: str, baseline: str) -> int:
+        """Bytes that a call takes beyond those of the baseline."""
+        return max(self.peaks[subject].call - self.peaks[baseline].call, 0)
+
+    def share(self, baseline: str) -> float:
         """Ours as a part of Inductor's."""
-        return max(self.adaattn, 0) / max(self.inductor, 1)
+        return self.of("adaattn", baseline) / max(self.of("inductor", baseline), 1)
 
 
 def attention_memory(model: str, length: int, threads: int) -> AttentionMemory:
-    """Measured in three fresh processes; RuntimeError with a process's last words if it fails."""
+    """Measured in fresh processes; RuntimeError with a process's last words if one fails."""
     peaks = {subject: _in_process(model, subject, length, threads) for subject in _SUBJECTS}
-    rest = peaks[_BASELINE].call
-    return AttentionMemory(
-        model, length, peaks["inductor"].call - rest, peaks["adaattn"].call - rest, peaks
-    )
+    return AttentionMemory(model, length, peaks)
 
 
 def memory_lines(rows: list[AttentionMemory]) -> list[str]:
     """A table in Markdown."""
     lines = [
-        "| attention's peak memory | N | inductor | adaattn | adaattn / inductor |"
-        " process, compiling included: inductor, adaattn |",
+        "| peak memory of attention | N | inductor | adaattn | adaattn / inductor |"
+        " whole process, compiling included: inductor, adaattn |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        whole = ", ".join(_megabytes(row.peaks[name].process) for name in _SUBJECTS[1:])
-        share = "under 0.01" if row.share < 0.01 else f"{row.share:.2f} (1/{1 / row.share:.0f})"
-        lines.append(
-            f"| {row.model} (eager, fp32) | {row.length} | {_megabytes(row.inductor)} | "
-            f"{_megabytes(row.adaattn)} | {share} | {whole} |"
-        )
+    lines += [_memory_line(row, baseline) for row in rows for baseline in _BASELINES]
     if not all(peak.reset for row in rows for peak in row.peaks.values()):
         lines.append("\nThe kernel's record of peaks could not be reset: compiling is included.")
     return lines
 
 
+def _memory_line(row: AttentionMemory, baseline: str) -> str:
+    share = row.share(baseline)
+    cells = (
+        f"{row.model} (eager, fp32), {_BASELINES[baseline]}",
+        str(row.length),
+        *(_megabytes(row.of(subject, baseline)) for subject in ("inductor", "adaattn")),
+        "under 1/100" if share < 0.01 else f"{share:.3f} (1/{1 / share:.1f})",
+        ", ".join(_megabytes(row.peaks[subject].process) for subject in ("inductor", "adaattn")),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
 def as_json(row: AttentionMemory) -> dict[str, Any]:
-    return asdict(row) | {"share": row.share}
+    return asdict(row) | {"shares": {name: row.share(name) for name in _BASELINES}}
 
 
 def _megabytes(count: int) -> str:
@@ -119,8 +126,9 @@ def _in_process(model: str, subject: str, length: int, threads: int) -> Peak:
 def _child(model_name: str, subject: str, length: int) -> Peak:
     torch.manual_seed(0)
     model = families.without_mlp(MODELS[model_name]())
-    if subject == _BASELINE:
-        model = families.without_attention(model)
+    if subject in _BASELINES:
+        reduced = {"no attention": families.without_attention, "no scores": families.without_scores}
+        model = reduced[subject](model)
     compiled = torch.compile(model, backend="adaattn" if subject == "adaattn" else "inductor")
     ids = torch.randint(families.VOCABULARY, (1, length))
     kwargs: dict[str, Any] = {"input_ids": ids}
