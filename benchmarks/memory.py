@@ -14,8 +14,8 @@ The models have no MLP (families.py), so that attention is the peak. What is lef
 measured as well and subtracted, in two ways. `scores to values`: the same model with q + k + v in
 place of what lies between the projections, so that what is left is what attention itself takes.
 `with projections`: the same model whose attention is the identity, so that Q, K, V and their
-layouts count too. Allocations from 64 KiB up are mapped singly (MALLOC_MMAP_THRESHOLD_), so that the
-resident set follows what tensors take rather than what the allocator keeps.
+layouts count too. Allocations from 64 KiB up are mapped singly (MALLOC_MMAP_THRESHOLD_), so that
+the resident set follows what tensors take rather than what the allocator keeps.
 """
 
 from __future__ import annotations
