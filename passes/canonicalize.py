@@ -122,6 +122,10 @@ def canonicalize(graph_module: fx.GraphModule, real: Sequence[Any] = ()) -> Cano
         for node in graph_module.graph.nodes
         if node.op == "placeholder"
     ]
+    if any(
+        "functorch" in str(getattr(n.target, "__module__", "")) for n in graph_module.graph.nodes
+    ):
+        raise Refusal("a graph inside a transform of torch.func")
     fake_mode = next((t.fake_mode for t in inputs if hasattr(t, "fake_mode")), None)
     if fake_mode is None:
         raise Refusal("no input is a tensor")
@@ -150,7 +154,10 @@ def undisturbed(fake_mode: Any) -> Iterator[None]:
         torch.set_grad_enabled(torch.is_grad_enabled()),
         enable_python_dispatcher(),
         torch.autocast(
-            "cpu", enabled=torch.is_autocast_enabled("cpu"), dtype=torch.get_autocast_dtype("cpu")
+            "cpu",
+            enabled=torch.is_autocast_enabled("cpu"),
+            dtype=torch.get_autocast_dtype("cpu"),
+            cache_enabled=False,  # a weight cast before would be a tensor that nothing made
         ),
         no_guards,
     ):

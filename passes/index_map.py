@@ -139,6 +139,8 @@ def exact_quotient(size: Size, divisor: Size) -> Size:
         return size
     if size == divisor:
         return ONE
+    if divisor == 0:
+        raise NotAffine("an empty dimension")
     if size.is_Integer and divisor.is_Integer:
         if int(size) % int(divisor):
             raise NotAffine(f"{divisor} does not divide {size}")

@@ -419,6 +419,12 @@ def _assembled(
 ) -> Site:
     """The site, its expressions renumbered to its own operands and run-time integers."""
     readings = [(access, e) for access, e in reader.taken if not e.has(RowStatistic)]
+    output = fields["output"]
+    requires_grad = bool(output.meta["fake"].requires_grad)
+    if parts.finite and reader.may_mask:
+        raise Refusal("a mask of finite numbers beside a bias that may be as low", fields["anchor"])
+    if requires_grad and parts.filled and parts.empty_row is EmptyRow.UNIFORM:
+        raise Refusal("rows without a key filled with a number, whose gradient stops there", output)
     numbered = reader.numbered(
         (parts.score, normalized(parts.mask), sink, parts.factor, *(e for _, e in readings))
     )
@@ -445,7 +451,6 @@ def _assembled(
         params=len(numbered.params),
     )
     anchor = fields["anchor"]
-    output = fields["output"]
     return Site(
         name=module_path(anchor),
         ordinal=0,
@@ -457,7 +462,7 @@ def _assembled(
         sides=numbered.sides,
         params=numbered.params,
         scale_factor=None if factor == 1 else factor,
-        requires_grad=bool(output.meta["fake"].requires_grad),
+        requires_grad=requires_grad,
         assumes=frozenset(reader.assumed),
         readings=tuple((access, e) for (access, _), e in zip(readings, elements, strict=True)),
         **fields,

@@ -46,7 +46,8 @@ _ABSORBS = -1e24
 @dataclass(frozen=True)
 class ScoreParts:
     """score is over S, the scaled product; factor multiplies the product beside scale (ONE or not
-    a number); row_terms is what was dropped as the same for a whole row."""
+    a number); row_terms is what was dropped as the same for a whole row. filled: whether masked
+    scores are replaced (rather than added to); finite: whether by a finite number."""
 
     scale: float
     factor: sympy.Expr
@@ -54,6 +55,8 @@ class ScoreParts:
     mask: Boolean
     empty_row: EmptyRow
     row_terms: sympy.Expr
+    filled: bool = False
+    finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,14 @@ def score_parts(
             rest, shut = _without_infinities(element, dtype, sympy.false)
             rest = _with_product_outside(rest)
         empty_row = _empty_row(shut, zero_rows)
+    filled = any(not item.added for item in shut)
+    finite = any(item.value != -sympy.oo for item in shut)
     mask = _kept(shut)
     if mask.has(RAW):
         raise Refusal("a mask that depends on the scores")
     rest, row_terms = without_row_statistics(rest)
     scale, factor, score = _unscaled(rest)
-    return ScoreParts(scale, factor, score, mask, empty_row, row_terms)
+    return ScoreParts(scale, factor, score, mask, empty_row, row_terms, filled, finite)
 
 
 def _kept(shut: Sequence[_Shut]) -> Boolean:

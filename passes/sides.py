@@ -18,7 +18,7 @@ from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.axes import AttentionAxes
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_of
 from adaattn_compiler.passes.contraction import Contraction, Spine
 from adaattn_compiler.passes.element import (
     ElementReader,
@@ -76,6 +76,7 @@ class SideReader(ElementReader):
         self.product = product
         self.distances: dict[str, SideTensor] = {}
         self.taken: list[tuple[Access, Any]] = []
+        self.may_mask = False
         self.spine = Spine(product_node)
 
     def _read(self, access: Access) -> Any:
@@ -136,7 +137,16 @@ class SideReader(ElementReader):
             return chosen
         if not is_condition(element) and element.has(RowStatistic):
             return element
+        self.may_mask = self.may_mask or self._may_mask(element)
         return self.load(access)
+
+    def _may_mask(self, element: Any) -> bool:
+        """Whether a bias that is data may be as low as a mask: it has such a number in it, or is
+        what the caller gives."""
+        if any(abs(number) >= _AS_LOW_AS_A_MASK for number in element.atoms(sympy.Number)):
+            return True
+        nodes = [self.loaded.get(str(load.args[0])) for load in element.atoms(Load)]
+        return any(node is not None and _is_given(node) for node in nodes)
 
     def _choice(self, access: Access) -> Any | None:
         """A bias under a mask: `where(mask, bias, fill)` with its parts taken each for itself."""
@@ -235,12 +245,23 @@ class SideReader(ElementReader):
         return names, tuple(params)
 
 
+# A bias with a number of this size in it is a mask as like as not.
+_AS_LOW_AS_A_MASK = 1e8
+
 # Ops that choose by a mask: the names of the mask, of what is taken where it holds, and where not.
 _CHOICES: dict[Any, tuple[str, str, str]] = {
     aten.where.self: ("condition", "self", "other"),
     aten.masked_fill.Scalar: ("mask", "value", "self"),
     aten.masked_fill.Tensor: ("mask", "value", "self"),
 }
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a floating-point tensor is an input of the graph and no parameter."""
+    if node.op != "placeholder" or not meta_of(node).dtype.is_floating_point:
+        return False
+    base = getattr(getattr(origin_of(node), "_dynamo_source", None), "base", None)
+    return getattr(base, "member", None) != "_parameters"
 
 
 def _is_safe(element: Any) -> bool:
