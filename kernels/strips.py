@@ -25,12 +25,13 @@ import torch
 from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.evaluate import evaluate_dense, has_key, is_printable, rank_of
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, S, b, h, k, q
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, b, h, k, q
 
 aten = torch.ops.aten
 
-# Rows of a strip, and the step to which its keys' range is rounded.
-_ROWS, _STEP = 256, 64
+# Rows of a strip, the same where its bias becomes a tensor (for memory's sake), and the step to
+# which its keys' range is rounded.
+_ROWS, _ROWS_WITH_BIAS, _STEP = 256, 128, 64
 # Lengths whose ranges and masks are kept.
 _KEPT_LENGTHS = 8
 # Masks of strips are kept up to this many elements for one length.
@@ -63,12 +64,13 @@ class StripsKernel:
         """The work of the ranges, with what a mask and a bias by strips add."""
         shape, spec = problem.shape, problem.spec
         batch, rows, columns = shape.hints
-        ranges = key_ranges(spec.mask, rows, columns, problem.param_hints)
+        ranges = key_ranges(spec.mask, rows, columns, problem.param_hints, strip_rows(spec))
         attended = sum((last - first) * count for _, count, first, last in ranges)
         work = 2.0 * batch * shape.heads * attended * (shape.head_dim + shape.value_dim)
         if spec.bias is None or shape.head_dim != shape.value_dim:
             return work * 3.0
-        return work * (1.15 if spec.bias == 0 else 2.5) + 2e4 * len(ranges)
+        by_distance = vector_of_distances(spec) is not None
+        return work * (1.15 if spec.bias == 0 or by_distance else 2.5) + 2e4 * len(ranges)
 
     def build(self, problem: Problem) -> Attention:
         plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})
@@ -83,19 +85,34 @@ class StripsKernel:
         return attention
 
 
+def vector_of_distances(spec: AttentionSpec) -> int | None:
+    """Which operand is the whole bias as a vector over k - q, where one is; else None."""
+    for load in spec.score.atoms(Load):
+        if spec.bias == load and load.args[1:] == (h, k - q + M - 1):
+            return int(load.args[0])
+    return None
+
+
 # (first row, rows, first key, past the last key)
 Range = tuple[int, int, int, int]
 
 
-def key_ranges(mask: Any, rows: int, columns: int, params: Sequence[int]) -> list[Range]:
+def strip_rows(spec: AttentionSpec) -> int:
+    """How many rows a strip has."""
+    return _ROWS if spec.bias == 0 or vector_of_distances(spec) is not None else _ROWS_WITH_BIAS
+
+
+def key_ranges(
+    mask: Any, rows: int, columns: int, params: Sequence[int], per_strip: int = _ROWS
+) -> list[Range]:
     """The strips of rows, each with the range of keys that its rows may attend to."""
-    structure = block_structure(mask, rows, columns, _ROWS, _STEP, params)
+    structure = block_structure(mask, rows, columns, per_strip, _STEP, params)
     seen = structure.partial | structure.full
     ranges: list[Range] = []
     for strip in range(seen.shape[0]):
         blocks = seen[strip].nonzero()
-        start = strip * _ROWS
-        count = min(_ROWS, rows - start)
+        start = strip * per_strip
+        count = min(per_strip, rows - start)
         if blocks.numel() == 0:
             ranges.append((start, count, 0, 0))
             continue
@@ -115,6 +132,7 @@ class StripsRunner:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
+        self._distances = vector_of_distances(spec)
         self._lengths: dict[tuple[Any, ...], _Length] = {}
         self._lock = threading.Lock()
 
@@ -150,7 +168,7 @@ class StripsRunner:
         with self._lock:
             length = self._lengths.get(key)
         if length is None:
-            ranges = key_ranges(self.spec.mask, rows, columns, params)
+            ranges = key_ranges(self.spec.mask, rows, columns, params, strip_rows(self.spec))
             length = _Length(rows, columns, ranges, {})
             with self._lock:
                 while len(self._lengths) >= _KEPT_LENGTHS:
@@ -170,19 +188,39 @@ class StripsRunner:
         if not fused:
             out, lse = _written_out(q_BHRD, k_BGLD, v_BGLE, keep, at)
         else:
-            mask = at.additive_mask(keep, q_BHRD.dtype)
-            if mask is not None:
-                mask = mask.expand(
-                    batch if mask.shape[0] > 1 else 1, heads if mask.shape[1] > 1 else 1, rows, -1
-                )
-            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-                q_BHRD, k_BGLD, v_BGLE, 0.0, False, attn_mask=mask, scale=self.spec.scale
-            )
+            out, lse = self._fused(q_BHRD, k_BGLD, v_BGLE, keep, at)
         if self.spec.sink is not None:
             return _with_sink(out, lse, at)
         if self.spec.empty_row in (EmptyRow.UNIFORM, EmptyRow.NAN):
             return at.with_empty_rows(out, at.has_key())
         return out
+
+    def _fused(
+        self,
+        q_BHRD: torch.Tensor,
+        k_BGLD: torch.Tensor,
+        v_BGLE: torch.Tensor,
+        keep: torch.Tensor | None,
+        at: _Context,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(result, log-sum-exp) by torch's fused kernel.
+
+        With a bias by distance the rows run backward: the bias is then a view of the vector.
+        """
+        mask: torch.Tensor | None
+        backward = self._distances is not None
+        if self._distances is not None:
+            q_BHRD = q_BHRD.flip(2)
+            bias = at.distances_backward(self._distances, q_BHRD.dtype)
+            mask = bias if keep is None else torch.where(keep.flip(2), bias, float("-inf"))
+        else:
+            mask = at.additive_mask(keep, q_BHRD.dtype)
+        if mask is not None:
+            mask = mask.expand(-1, -1, q_BHRD.shape[2], -1)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BHRD, k_BGLD, v_BGLE, 0.0, False, attn_mask=mask, scale=self.spec.scale
+        )
+        return (out.flip(2), lse.flip(2)) if backward else (out, lse)
 
 
 @dataclass(frozen=True)
@@ -262,6 +300,19 @@ class _Context:
             return torch.where(keep, zero, float("-inf"))
         bias = self.evaluated(self.spec.bias).to(kind)
         return bias if keep is None else torch.where(keep, bias, float("-inf"))
+
+    def distances_backward(self, operand: int, dtype: torch.dtype) -> torch.Tensor:
+        """The strip's bias, its last row first: [1,H,rows,keys], a view of the vector [H, M+N-1].
+
+        Element (i, j) is that of distance (first + j) - (start + count - 1 - i).
+        """
+        start, count, first, last = self.strip
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        vector = self.operands[operand].to(kind).contiguous()
+        offset = first - (start + count - 1) + self.length.rows - 1
+        heads, width = vector.shape
+        view = vector.as_strided((heads, count, last - first), (width, 1, 1), offset)
+        return view[None]
 
     def with_empty_rows(self, out: torch.Tensor, has_key: torch.Tensor) -> torch.Tensor:
         """Rows without a key as the spec has them; out holds anything there."""

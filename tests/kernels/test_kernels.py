@@ -74,6 +74,11 @@ SPECS: dict[str, tuple[AttentionSpec, tuple[tuple[int, ...], ...], tuple[int, ..
         ((4, 179),),
         (),
     ),
+    "causal distance": (
+        AttentionSpec(0.3, S + Load(0, h, k - q + M - 1), CAUSAL, operands=(FLOAT,), group=2),
+        ((4, 179),),
+        (),
+    ),
     "dense bias": (
         AttentionSpec(0.3, S + Load(0, 0, h, q, k), operands=(OperandSpec("float", 4),)),
         ((1, 4, 90, 90),),
