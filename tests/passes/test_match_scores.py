@@ -78,6 +78,7 @@ def alibi_of_keys(q, k, v, slopes):
 @spelling(with_extra(square, slopes, lambda: torch.ones(B, N, dtype=torch.long)), mask="causal")
 def alibi_of_bloom(q, k, v, slopes, attention_mask):
     """Positions counted from the attention mask, added by baddbmm."""
+    slopes = 2.0 ** -torch.arange(1.0, H + 1)  # given from outside they might be as low as a mask
     place = (attention_mask.cumsum(dim=-1) - 1) * attention_mask
     alibi = (slopes[..., None] * place[:, None, :]).reshape(B * H, 1, N)
     q, k, v = (t.reshape(B * H, N, -1) for t in (q, k, v))
