@@ -17,8 +17,8 @@ from torch import fx
 
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.lower import Lowered
-from adaattn_compiler.passes.match import Refused
 from adaattn_compiler.passes.pipeline import Analysis, rewrite
+from adaattn_compiler.passes.site import Refused
 from adaattn_compiler.predicates import describe
 
 
@@ -91,15 +91,21 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
 
 def records(analysis: Analysis, graph: int = 0) -> tuple[SiteRecord, ...]:
     """The records of one graph's sites."""
-    return tuple(
-        _lowered_record(result, graph)
-        if isinstance(result, Lowered)
-        else _refused_record(result, graph)
-        for result in analysis.results
-    )
+    counts: dict[str, int] = {}
+    found: list[SiteRecord] = []
+    for result in analysis.results:
+        name = result.site.name if isinstance(result, Lowered) else result.name
+        ordinal = counts.get(name, 0)
+        counts[name] = ordinal + 1
+        found.append(
+            _lowered_record(result, ordinal, graph)
+            if isinstance(result, Lowered)
+            else _refused_record(result, ordinal, graph)
+        )
+    return tuple(found)
 
 
-def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
+def _lowered_record(result: Lowered, ordinal: int, graph: int) -> SiteRecord:
     site, shape = result.site, result.problem.shape
     batch, rows, columns = shape.hints
     sizes = f"B{batch} H{shape.heads} G{shape.kv_heads} M{rows} N{columns} D{shape.head_dim}"
@@ -107,7 +113,7 @@ def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
         sizes += f" E{shape.value_dim}"
     return SiteRecord(
         site.name,
-        site.ordinal,
+        ordinal,
         "attention",
         True,
         None,
@@ -122,10 +128,10 @@ def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
     )
 
 
-def _refused_record(result: Refused, graph: int) -> SiteRecord:
+def _refused_record(result: Refused, ordinal: int, graph: int) -> SiteRecord:
     return SiteRecord(
         result.name,
-        0,
+        ordinal,
         "attention",
         False,
         result.reason,

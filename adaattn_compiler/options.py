@@ -23,6 +23,8 @@ class Options:
     kernels: names of the kernels that may be chosen.
     cache_dir: folder of what was measured and built.
     dump_dir: folder for the graphs before and after, or None.
+    analysis_seconds: the longest that finding and checking the attentions of one graph may take
+    (choosing kernels not counted); after that the graph is Inductor's as it is.
     """
 
     enabled: bool = True
@@ -31,6 +33,7 @@ class Options:
     kernels: tuple[str, ...] = ("sdpa", "strips", "flex")
     cache_dir: Path = Path("~/.cache/adaattn")
     dump_dir: Path | None = None
+    analysis_seconds: float = 120.0
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -87,6 +90,8 @@ def _parsed(name: str, text: str) -> Any:
         if text.lower() not in words:
             raise ValueError("it must be 0 or 1")
         return words[text.lower()]
+    if name == "analysis_seconds":
+        return float(text)  # its ValueError names the text
     if name == "kernels":
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
@@ -106,6 +111,10 @@ def _checked(key: str, value: Any) -> Any:
         if any(name not in _KNOWN_KERNELS for name in names):
             raise ValueError(f"option kernels={value!r}: known are {known}")
         return tuple(names)
+    if key == "analysis_seconds":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"option {key}={value!r}: it must be a number of seconds above 0")
+        return float(value)
     if value is None and key == "dump_dir":
         return None
     if not isinstance(value, (str, os.PathLike)):

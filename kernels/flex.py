@@ -21,9 +21,10 @@ import sympy
 import torch
 
 from adaattn_compiler.kernels.blocks import block_lists, block_structure, density
-from adaattn_compiler.kernels.evaluate import evaluate, has_key, is_printable, positions
+from adaattn_compiler.kernels.evaluate import evaluate, has_key, positions
 from adaattn_compiler.kernels.flex_inductor import FlexConfig, compile_flex, read_table
-from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.kernels.problem import Attention, Problem
+from adaattn_compiler.kernels.through_op import op_call, op_refusal
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, Where, b, h, k, param, q
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,21 +45,9 @@ class FlexKernel:
     compiles: bool = True
 
     def refusal(self, problem: Problem) -> str | None:
-        spec = problem.spec
-        if problem.device != "cpu":
-            return "only on the CPU"
-        if problem.requires_grad:
-            return "flex_attention has no backward on the CPU"
-        if spec.dropout_p > 0:
-            return "flex_attention has no dropout"
-        if any(isinstance(hint, float) for hint in problem.param_hints):
-            return "a number in the score is known only at run time"
         if problem.dtype not in _DTYPES:
             return f"not for {problem.dtype}"
-        for expression in (spec.score, spec.mask, spec.sink):
-            if expression is not None and not is_printable(expression):
-                return f"no code for {expression}"
-        return None
+        return op_refusal(problem)
 
     def cost(self, problem: Problem) -> float:
         """Attended blocks only."""
@@ -71,15 +60,7 @@ class FlexKernel:
     def build(self, problem: Problem) -> Attention:
         plan = plan_of(problem)
         flex_runner(plan)  # compiled now: a failure must be known before the graph is written
-
-        def attention(
-            q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
-        ) -> Any:
-            return torch.ops.adaattn.attention(
-                q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), plan
-            )
-
-        return attention
+        return op_call(plan)
 
 
 def plan_of(problem: Problem) -> str:

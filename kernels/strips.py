@@ -23,8 +23,9 @@ import sympy
 import torch
 
 from adaattn_compiler.kernels.blocks import block_structure
-from adaattn_compiler.kernels.evaluate import evaluate_dense, has_key, is_printable, rank_of
-from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.kernels.evaluate import evaluate_dense, has_key, rank_of
+from adaattn_compiler.kernels.problem import Attention, Problem
+from adaattn_compiler.kernels.through_op import op_call, op_refusal
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, b, h, k, q
 
 aten = torch.ops.aten
@@ -46,19 +47,7 @@ class StripsKernel:
     compiles: bool = False
 
     def refusal(self, problem: Problem) -> str | None:
-        spec = problem.spec
-        if problem.device != "cpu":
-            return "only on the CPU"
-        if problem.requires_grad:
-            return "no backward yet"
-        if spec.dropout_p > 0:
-            return "no dropout"
-        if any(isinstance(hint, float) for hint in problem.param_hints):
-            return "a number in the score is known only at run time"
-        for expression in (spec.score, spec.mask, spec.sink):
-            if expression is not None and not is_printable(expression):
-                return f"no code for {expression}"
-        return None
+        return op_refusal(problem)
 
     def cost(self, problem: Problem) -> float:
         """The work of the ranges, with what a mask and a bias by strips add."""
@@ -73,16 +62,7 @@ class StripsKernel:
         return work * (1.15 if spec.bias == 0 or by_distance else 2.5) + 2e4 * len(ranges)
 
     def build(self, problem: Problem) -> Attention:
-        plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})
-
-        def attention(
-            q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
-        ) -> Any:
-            return torch.ops.adaattn.attention(
-                q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), plan
-            )
-
-        return attention
+        return op_call(repr({"kernel": "strips", "spec": problem.spec.serialize()}))
 
 
 def vector_of_distances(spec: AttentionSpec) -> int | None:
@@ -192,7 +172,7 @@ class StripsRunner:
         if self.spec.sink is not None:
             return _with_sink(out, lse, at)
         if self.spec.empty_row in (EmptyRow.UNIFORM, EmptyRow.NAN):
-            return at.with_empty_rows(out, at.has_key())
+            return at.with_empty_rows(out, at.has_key(keep))
         return out
 
     def _fused(
@@ -268,8 +248,10 @@ class _Context:
         tensor = torch.as_tensor(value, device=self.v.device)
         return tensor[(None,) * (4 - tensor.dim()) + (...,)]
 
-    def has_key(self) -> torch.Tensor:
-        """Whether each row of the strip has a key."""
+    def has_key(self, keep: torch.Tensor | None) -> torch.Tensor:
+        """Whether each row of the strip has a key; keep: the strip's mask."""
+        if not self.spec.score.has(Load):
+            return torch.ones((), dtype=torch.bool) if keep is None else keep.any(-1, keepdim=True)
         found = has_key(self.spec, self.values(), self.operands, self.params, partial=True)
         return torch.as_tensor(found)
 

@@ -8,9 +8,8 @@ something was lowered, a copy of the outer module refers to the rewritten body.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import fx
 from adaattn_compiler.passes.canonicalize import origin_of, undisturbed
 from adaattn_compiler.passes.expand import copied, fake_mode_of, replayed, with_graph
 from adaattn_compiler.passes.lower import Lowered
-from adaattn_compiler.passes.match import Refused
+from adaattn_compiler.passes.site import Refused
 
 log = logging.getLogger("adaattn_compiler")
 
@@ -89,19 +88,11 @@ def with_bodies(
 def in_order(
     results: Sequence[Lowered | Refused], bodies: Sequence[RewrittenBody], graph: fx.Graph
 ) -> tuple[Lowered | Refused, ...]:
-    """The results of a graph and of its bodies as they run, ordinals counted over all of them."""
+    """The results of a graph and of its bodies as they run."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     placed = [(place[origin_of(_anchor(result))], result) for result in results]
     placed += [(place[body.body.call], result) for body in bodies for result in body.results]
-    counts: Counter[str] = Counter()
-    out: list[Lowered | Refused] = []
-    for _, result in sorted(placed, key=lambda item: item[0]):
-        if isinstance(result, Lowered):
-            site = replace(result.site, ordinal=counts[result.site.name])
-            counts[site.name] += 1
-            result = replace(result, site=site)
-        out.append(result)
-    return tuple(out)
+    return tuple(result for _, result in sorted(placed, key=lambda item: item[0]))
 
 
 def _anchor(result: Lowered | Refused) -> fx.Node:

@@ -5,9 +5,9 @@ ATen call. What was a method, an operator, an einsum or a module is then one of 
 autocast are visible, and an in-place op is its functional twin. Each ATen node remembers the
 Dynamo node it came from (`origin`), so that a match found here can be rewritten there.
 
-Kept whole: scaled_dot_product_attention (an anchor as it stands) and the calls of higher-order ops
-(`opaque`; their bodies are graphs of their own). The run adds no guards, and the Dynamo graph is
-not edited.
+Kept whole: scaled_dot_product_attention (an anchor as it stands), the calls of higher-order ops
+(`opaque`; their bodies are graphs of their own), and what no attention can be in (relevance.py).
+The run adds no guards, and the Dynamo graph is not edited.
 
 Aliasing: after an in-place op, other tensors of the same storage are `overwritten` here: who reads
 one of them later reads an op that nobody understands, and what it belongs to is refused.
@@ -26,6 +26,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaattn_compiler.passes.deadline import NO_DEADLINE, Deadline
+from adaattn_compiler.passes.relevance import kept_whole
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
@@ -72,6 +74,7 @@ class CanonicalView:
     constants: view node -> its value, for tensors made from Python data in the graph.
     live: the nodes that the outputs and effects need; effects: the calls that change an input.
     buffers: nodes that are module buffers: which of the graph's inputs, and its value now.
+    deadline: by when the analysis of the graph must be done.
     """
 
     graph: fx.Graph
@@ -82,6 +85,7 @@ class CanonicalView:
     live: frozenset[fx.Node]
     effects: frozenset[fx.Node]
     buffers: dict[fx.Node, tuple[int, torch.Tensor]]
+    deadline: Deadline
 
     def live_without(self, bridges: dict[fx.Node, tuple[fx.Node, ...]]) -> frozenset[fx.Node]:
         """The nodes still needed when each bridged node is computed from the given ones instead."""
@@ -102,6 +106,14 @@ def origin_of(node: fx.Node) -> fx.Node:
     return origin
 
 
+def call_name(node: fx.Node) -> str:
+    """What a view node's call is called in messages."""
+    target = origin_of(node).target if node.target is opaque else node.target
+    if isinstance(target, (str, torch._ops.OpOverload)):
+        return str(target)
+    return str(getattr(target, "__name__", target))
+
+
 def size_expr(size: Any) -> sympy.Expr:
     """A Python or symbolic integer as a sympy expression."""
     if isinstance(size, torch.SymInt):
@@ -109,13 +121,15 @@ def size_expr(size: Any) -> sympy.Expr:
     return sympy.sympify(size)
 
 
-def canonicalize(graph_module: fx.GraphModule, real: Sequence[Any] = ()) -> CanonicalView:
+def canonicalize(
+    graph_module: fx.GraphModule, real: Sequence[Any] = (), deadline: Deadline = NO_DEADLINE
+) -> CanonicalView:
     """The canonical view of a Dynamo graph, from the `example_value` of its placeholders.
 
     real: the graph's example inputs, of which those that are module buffers are kept with the view.
     Raises whatever the run raises; the caller then leaves the graph alone.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(deadline)
     interpreter = _RecordingInterpreter(graph_module, recorder)
     inputs = [
         node.meta.get("example_value")
@@ -167,8 +181,9 @@ def undisturbed(fake_mode: Any) -> Iterator[None]:
 class _Recorder(TorchDispatchMode):
     """Writes down ATen calls as nodes of a functional graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: Deadline) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.deadline = deadline
         self.graph = fx.Graph()
         self.origin: fx.Node | None = None
         self.paused = False
@@ -192,6 +207,7 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self.deadline.check()
         if self.paused or func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         if func is aten.lift_fresh.default and not _is_fake(args[0]):
@@ -317,6 +333,7 @@ class _Recorder(TorchDispatchMode):
                 for node in self.graph.find_nodes(op="placeholder")
                 if origin_of(node).name in buffers
             },
+            self.deadline,
         )
 
 
@@ -326,6 +343,7 @@ class _RecordingInterpreter(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, recorder: _Recorder) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.recorder = recorder
+        self.whole = kept_whole(module.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         recorder = self.recorder
@@ -340,7 +358,10 @@ class _RecordingInterpreter(fx.Interpreter):
         elif n.op == "call_function" and n.target in SDPA_TARGETS:
             result = self._whole(n, aten.scaled_dot_product_attention.default)
         elif isinstance(n.target, torch._ops.HigherOrderOperator):
-            result = self._opaque(n)
+            result, call = self._opaque(n)
+            recorder.effects.add(call)
+        elif n in self.whole:
+            result, _ = self._opaque(n)
         else:
             result = super().run_node(n)
         recorder.values[n] = recorder.nodes(result) if _has_tensor(result) else result
@@ -374,13 +395,12 @@ class _RecordingInterpreter(fx.Interpreter):
         recorder.record(target, node_args, node_kwargs, result)
         return result
 
-    def _opaque(self, n: fx.Node) -> Any:
-        recorder = self.recorder
+    def _opaque(self, n: fx.Node) -> tuple[Any, fx.Node]:
+        """A call as one node that nobody looks into, its result as Dynamo noted it."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         inputs = list(_tensors((args, kwargs)))
         result = n.meta.get("example_value")
-        recorder.effects.add(recorder.record(opaque, recorder.nodes(inputs), {}, result))
-        return result
+        return result, self.recorder.record(opaque, self.recorder.nodes(inputs), {}, result)
 
 
 def getitem(sequence: Any, position: int) -> Any:

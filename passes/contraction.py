@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaattn_compiler.passes.arguments import arguments, wrapped_dim
+from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.canonicalize import meta_of
-from adaattn_compiler.passes.element import POINTWISE, SCORE_OPS
+from adaattn_compiler.passes.element_ops import POINTWISE, SCORE_OPS
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access, is_view
 
@@ -46,8 +46,6 @@ def contraction_at(access: Access, name: str) -> Contraction | None:
         return Contraction(
             product.lhs, product.rhs, product.over, named["alpha"], named["beta"], addend
         )
-    if node.target is aten.sum.dim_IntList:
-        return _sum_of_products(access, name)
     return None
 
 
@@ -70,52 +68,15 @@ def _matrix_product(access: Access, lhs: fx.Node, rhs: fx.Node, name: str) -> Co
     )
 
 
-def _sum_of_products(access: Access, name: str) -> Contraction | None:
-    """`(x * y).sum(dim)`."""
-    named = arguments(access.node)
-    product = named["self"]
-    dims = named["dim"] or []
-    if product.target is not aten.mul.Tensor or len(dims) != 1:
-        return None
-    factors = arguments(product)
-    if not isinstance(factors["other"], fx.Node):
-        return None
-    shape = meta_of(product).shape
-    dim = wrapped_dim(dims[0], len(shape))
-    over = Axis(name, shape[dim])
-    rest = list(access.index)
-    if named["keepdim"]:
-        del rest[dim]
-    whole = Access(product, (*rest[:dim], Index.of_axis(over), *rest[dim:]))
-    return Contraction(
-        broadcast_access(whole, factors["self"]), broadcast_access(whole, factors["other"]), over
-    )
-
-
 def products_below(scores: Access, over: str) -> Iterator[tuple[Access, Contraction]]:
     """The products that an element of the scores may come from, nearest first.
 
-    Follows views, casts and pointwise ops upward; yields each product with the index at which it
-    is read.
+    Yields each product with the index at which it is read.
     """
-    pending = [scores]
-    seen: set[Access] = set()
-    while pending:
-        access = pending.pop(0)
-        if access in seen:
-            continue
-        seen.add(access)
+    for access in _upward(scores, SCORE_OPS):
         product = contraction_at(access, over)
         if product is not None:
             yield access, product
-        try:
-            below = input_access(access)
-        except NotAffine:
-            continue
-        if below is not None:
-            pending.append(below)
-            continue
-        pending.extend(_operands(access, SCORE_OPS))
 
 
 def scores_accesses(scores: Access, product_node: fx.Node) -> list[Access]:
@@ -123,23 +84,29 @@ def scores_accesses(scores: Access, product_node: fx.Node) -> list[Access]:
 
     Stops at the product itself; every side tensor is followed through its views.
     """
-    pending, visited = [scores], []
+    return list(_upward(scores, POINTWISE, product_node))
+
+
+def _upward(
+    start: Access, followed: frozenset[Any], stop: fx.Node | None = None
+) -> Iterator[Access]:
+    """An element and those that it is computed from, nearest first, each once.
+
+    Goes through views, casts and the followed ops, not past `stop`, which is left out.
+    """
+    pending = [start]
     seen: set[Access] = set()
     while pending:
         access = pending.pop(0)
-        if access in seen or access.node is product_node:
+        if access in seen or access.node is stop:
             continue
         seen.add(access)
-        visited.append(access)
+        yield access
         try:
             below = input_access(access)
         except NotAffine:
             continue
-        if below is not None:
-            pending.append(below)
-            continue
-        pending.extend(_operands(access, POINTWISE))
-    return visited
+        pending.extend([below] if below is not None else _operands(access, followed))
 
 
 def _operands(access: Access, followed: frozenset[Any]) -> list[Access]:

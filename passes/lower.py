@@ -24,10 +24,9 @@ from adaattn_compiler.options import Options
 from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_of
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
-from adaattn_compiler.passes.match import Refused
 from adaattn_compiler.passes.protect import protect
 from adaattn_compiler.passes.resample import distance_vector
-from adaattn_compiler.passes.site import SideTensor, Site
+from adaattn_compiler.passes.site import Refused, SideTensor, Site
 from adaattn_compiler.passes.slices import size_hint
 from adaattn_compiler.passes.views import Access, input_access
 from adaattn_compiler.spec import Refusal
@@ -55,33 +54,6 @@ class Rewritten:
     results: tuple[Lowered | Refused, ...] = field(default=())
 
 
-def check_uses(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Site | Refused]:
-    """Refuse sites whose scores or weights are needed for something else as well."""
-    sites = [item for item in found if isinstance(item, Site)]
-    while True:
-        live = view.live_without({site.output: _inputs(site) for site in sites})
-        kept = [site for site in sites if not _needed_elsewhere(site, live)]
-        if len(kept) == len(sites):
-            break
-        sites = kept
-    reason = "the attention weights are used outside the attention (returned, or stored)"
-    return [
-        item
-        if isinstance(item, Refused) or item in sites
-        else Refused(item.name, item.spelling, reason, item.anchor)
-        for item in found
-    ]
-
-
-def _inputs(site: Site) -> tuple[fx.Node, ...]:
-    sides = [side.distance.node if side.distance else side.node for side in site.sides]
-    return (*(o.access.node for o in (site.q, site.k, site.v)), *sides)
-
-
-def _needed_elsewhere(site: Site, live: frozenset[fx.Node]) -> bool:
-    return site.anchor is not site.output and site.anchor in live
-
-
 def lower(
     graph_module: fx.GraphModule,
     view: CanonicalView,
@@ -99,7 +71,7 @@ def lower(
             continue
         results.append(_lowered(view, tracer, copies, item, options, memo))
     sites = [result.site for result in results if isinstance(result, Lowered)]
-    live = view.live_without({site.output: _inputs(site) for site in sites})
+    live = view.live_without({site.output: site.inputs for site in sites})
     protected = protect(view, tracer, copies, live)
     if not sites and not protected:
         return Rewritten(None, tuple(results))
@@ -169,7 +141,7 @@ def problem_of(site: Site) -> Problem:
         known["N"],
         int(sizes["D"]),
         int(sizes["E"]),
-        hints=tuple(_hint(sizes[name], site) for name in ("B", "M", "N")),  # type: ignore[arg-type]
+        hints=tuple(size_hint(sizes[name], site.fake) for name in ("B", "M", "N")),
     )
     dtypes = [meta_of(node).dtype for node in (q_node, site.k.access.node, v_node)]
     dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
@@ -180,22 +152,15 @@ def problem_of(site: Site) -> Problem:
         meta_of(q_node).device.type,
         site.requires_grad,
         tuple(_side_shape(side, site) for side in site.sides),
-        tuple(size_hint(value, site.q.access.node.meta["fake"]) for value in site.params),
+        tuple(size_hint(value, site.fake) for value in site.params),
     )
 
 
 def _side_shape(side: SideTensor, site: Site) -> tuple[int, ...]:
     if side.distance is None:
-        return tuple(_hint(size, site) for size in meta_of(side.node).shape)
+        return tuple(size_hint(size, site.fake) for size in meta_of(side.node).shape)
     sizes = site.sizes
-    return _hint(sizes["H"], site), _hint(sizes["M"] + sizes["N"] - 1, site)
-
-
-def _hint(size: sympy.Expr, site: Site) -> int:
-    """The size that a symbolic size had when it was captured."""
-    if size.is_Integer:
-        return int(size)
-    return int(size_hint(size, site.q.access.node.meta["fake"]))
+    return size_hint(sizes["H"], site.fake), size_hint(sizes["M"] + sizes["N"] - 1, site.fake)
 
 
 def _call(

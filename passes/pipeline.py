@@ -22,10 +22,13 @@ from torch import fx
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.bodies import in_order, rewrite_bodies, with_bodies
 from adaattn_compiler.passes.canonicalize import canonicalize
+from adaattn_compiler.passes.deadline import Deadline, OutOfTime
 from adaattn_compiler.passes.expand import expand
-from adaattn_compiler.passes.lower import Lowered, check_uses, lower
-from adaattn_compiler.passes.match import Refused, match
+from adaattn_compiler.passes.lower import Lowered, lower
+from adaattn_compiler.passes.match import match
 from adaattn_compiler.passes.prove import prove_masks
+from adaattn_compiler.passes.site import Refused
+from adaattn_compiler.passes.uses import check_uses
 from adaattn_compiler.passes.validate import validate
 from adaattn_compiler.spec import Refusal
 
@@ -53,6 +56,7 @@ class Analysis:
 def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Analysis:
     """Find and lower the attentions of a Dynamo graph. Never raises."""
     timer = _Timer()
+    deadline = Deadline.after(options.analysis_seconds)
 
     def rewrite_body(body: fx.GraphModule, known: Sequence[Any]) -> Analysis:
         return rewrite(body, known, options)
@@ -60,7 +64,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
     try:
         expanded = timer("expand", expand, graph_module)
         bodies = timer("bodies", rewrite_bodies, expanded, inputs, rewrite_body)
-        view = timer("canonicalize", canonicalize, expanded, inputs)
+        view = timer("canonicalize", canonicalize, expanded, inputs, deadline)
         found = timer("match", match, view)
         found = timer("uses", check_uses, view, found)
         if options.validate:
@@ -72,6 +76,9 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
         outcome = with_bodies(graph_module, rewritten.graph_module, bodies)
     except Refusal as refusal:
         return Analysis(None, failure=str(refusal), seconds=timer.seconds)
+    except OutOfTime as error:
+        log.warning("%s, the graph goes to Inductor as it is", error)
+        return Analysis(None, failure=str(error), seconds=timer.seconds)
     except Exception as error:
         log.warning("analysis failed, the graph goes to Inductor as it is: %r", error)
         log.debug("where analysis failed", exc_info=True)

@@ -12,16 +12,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Axis, Index
-from adaattn_compiler.passes.match import Refused
-from adaattn_compiler.passes.site import Site
-from adaattn_compiler.passes.slices import Resizing, size_hint, slice_to
+from adaattn_compiler.passes.site import Refused, Site
+from adaattn_compiler.passes.slices import Resizing, random_values, size_hint, slice_to
 from adaattn_compiler.passes.views import Access
 from adaattn_compiler.spec import Load, b, h, k, q
 
@@ -40,6 +38,7 @@ def prove_masks(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Si
     for item in found:
         if isinstance(item, Site):
             for access, element in item.readings:
+                view.deadline.check()
                 key = (access, element)
                 if key not in verdicts:
                     verdicts[key] = _verdict(view, item, access, element, values)
@@ -66,17 +65,16 @@ def _disagreement(
     view: CanonicalView, site: Site, access: Access, element: Any, values: dict[fx.Node, Any]
 ) -> str | None:
     """Where the expression differs from the tensor; None where it does not, or nothing was read."""
-    fake = site.q.access.node.meta["fake"]
     if isinstance(element, Load) or not (element.has(q) or element.has(k)):
         return None
     read_from = [site.sides[int(load.args[0])] for load in element.atoms(Load)]
     if any(side.distance is not None for side in read_from):
         return None  # the vector is made from this very tensor; validation has compared it
-    numel = math.prod(_hint(size, fake) for size in meta_of(access.node).shape)
+    numel = math.prod(size_hint(size, site.fake) for size in meta_of(access.node).shape)
     if numel > _MOST_ELEMENTS:
         return None
-    sizes = {name: _hint(size, fake) for name, size in site.sizes.items()}
-    true = Resizing.to(site.sizes, sizes, sizes, fake)
+    sizes = {name: size_hint(size, site.fake) for name, size in site.sizes.items()}
+    true = Resizing.to(site.sizes, sizes, sizes, site.fake)
     tensor, operands = _computed(view, site, access.node, true, values)
     places = _drawn_places(sizes)
     read = tensor[tuple(_at(position, places, site, true) for position in access.index)]
@@ -90,10 +88,6 @@ def _disagreement(
     else:
         same = bool(torch.isclose(read.double(), expected.double(), rtol=1e-12).all())
     return None if same else f"{access.node} is not {element}"
-
-
-def _hint(size: sympy.Expr, fake: Any) -> int:
-    return int(size) if size.is_Integer else int(size_hint(size, fake))
 
 
 def _computed(
@@ -113,18 +107,11 @@ def _computed(
         generator = torch.Generator().manual_seed(0)
         for leaf in piece.leaves:
             if leaf not in values:
-                values[leaf] = _random(leaf, resizing, generator)
+                shape = [resizing.number(size) for size in meta_of(leaf).shape]
+                values[leaf] = random_values(leaf, shape, generator)
         known = {leaf: values[leaf] for leaf in piece.leaves}
         values[node] = piece.run(known, resizing)[node]
     return values[node], [values.get(side.node) for side in site.sides]
-
-
-def _random(leaf: fx.Node, resizing: Resizing, generator: torch.Generator) -> torch.Tensor:
-    meta = meta_of(leaf)
-    shape = [resizing.number(size) for size in meta.shape]
-    if meta.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-    return torch.randint(0, 2, shape, generator=generator).to(meta.dtype)
 
 
 def _drawn_places(sizes: dict[str, int]) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from adaattn_compiler.passes.element import RowStatistic, is_exact
+from adaattn_compiler.passes.expressions import RowStatistic, is_exact
 from adaattn_compiler.spec import EmptyRow, Load, Refusal, S, Where, k, q
 
 RAW = sympy.Symbol("q_dot_k", real=True)

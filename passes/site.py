@@ -42,15 +42,17 @@ class SideTensor:
 class Site:
     """One attention computation in a graph.
 
-    anchor: its softmax or SDPA call; output: the node of its result, read at `result`;
-    scale_tensor: a factor of the scores that is not a number (multiplied onto Q), or None.
-    requires_grad: whether a gradient must flow through it; assumes: which of the graph's inputs are
-    buffers whose values the spec was read from; readings: elements of masks and biases with the
-    expressions that they were read as (over the spec's operands).
+    anchor: its softmax or SDPA call; output: the node of its result, read at `result`.
+    scale_factor: a factor of the scores that is not a number (multiplied onto Q), or None.
+    scores, noise: what the site computes anew (the product of Q and K, the draw of a dropout), so
+    that nothing else may need it.
+    requires_grad: whether a gradient must flow through it.
+    assumes: which of the graph's inputs are buffers whose values the spec was read from.
+    readings: elements of masks and biases with the expressions that they were read as (over the
+    spec's operands).
     """
 
     name: str
-    ordinal: int
     spelling: str
     spec: AttentionSpec
     axes: AttentionAxes
@@ -65,9 +67,22 @@ class Site:
     result: tuple[Index, ...]
     inner: Axis
     value_axis: Axis
+    scores: fx.Node | None = None
+    noise: tuple[fx.Node, ...] = ()
     requires_grad: bool = False
     assumes: frozenset[int] = field(default=frozenset())
     readings: tuple[tuple[Access, Any], ...] = field(default=())
+
+    @property
+    def fake(self) -> Any:
+        """A fake tensor of the site, whose shape environment knows the sizes as captured."""
+        return self.q.access.node.meta["fake"]
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The nodes that its kernel reads."""
+        sides = [side.distance.node if side.distance else side.node for side in self.sides]
+        return (*(operand.access.node for operand in (self.q, self.k, self.v)), *sides)
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -81,3 +96,13 @@ class Site:
             "D": self.inner.size,
             "E": self.value_axis.size,
         }
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An attention that was seen and is left alone."""
+
+    name: str
+    spelling: str
+    reason: str
+    anchor: fx.Node

@@ -26,7 +26,12 @@ aten = torch.ops.aten
 
 
 def size_hint(size: sympy.Expr, fake: Any) -> Any:
-    """The value that a symbolic size or number had when it was captured; adds no guard."""
+    """The value that a symbolic size or number had when it was captured; adds no guard.
+
+    fake: a tensor whose shape environment knows it. ValueError where that was not known.
+    """
+    if not size.free_symbols:
+        return int(size) if size.is_Integer else float(size)
     shape_env = fake.fake_mode.shape_env
     values = getattr(shape_env, "backed_var_to_val", None)
     if values is None:  # torch 2.11
@@ -97,6 +102,16 @@ class Resizing:
             if size == self.old[name] and self.old[name] > 1:
                 return self.new[name]
         return size
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is held as it is (a mask in a buffer): the first part of what was resized.
+
+        As a model takes `mask[:n, :n]`, which is no call where n is all there is.
+        """
+        for dim, size in enumerate(tensor.shape):
+            new = self._renamed(size)
+            tensor = tensor.narrow(dim, 0, new) if new < size else tensor
+        return tensor
 
     def axis_size(self, axis: Axis) -> int:
         """The new size of a canonical axis; others keep theirs."""
@@ -206,7 +221,7 @@ class Slice:
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any], resizing: Resizing) -> Any:
         if node in self.constants:
-            constant = self.constants[node]
+            constant = resizing.cut(self.constants[node])
             return constant.double() if constant.is_floating_point() else constant
         args: Any
         kwargs: Any
@@ -232,6 +247,14 @@ class Slice:
             return torch.full_like(args[0], args[1])  # so that dropout changes nothing
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+
+def random_values(node: fx.Node, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Random values for a leaf: floats normal in float64, integers and booleans 0 or 1."""
+    dtype = meta_of(node).dtype
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
 def slice_above(view: CanonicalView, site: Site) -> Slice:

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -24,9 +23,8 @@ from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Index
-from adaattn_compiler.passes.match import Refused
-from adaattn_compiler.passes.site import Operand, Site
-from adaattn_compiler.passes.slices import Resizing, Slice, size_hint, slice_above
+from adaattn_compiler.passes.site import Operand, Refused, Site
+from adaattn_compiler.passes.slices import Resizing, Slice, random_values, size_hint, slice_above
 from adaattn_compiler.spec import Refusal
 
 # Scores up to this many are computed as they are; more are made fewer by shorter lengths.
@@ -45,6 +43,7 @@ def validate(
     out: list[Site | Refused] = []
     for item in found:
         if isinstance(item, Site):
+            view.deadline.check()
             reason = _verdict(view, item, verdicts)
             if reason is not None:
                 item = Refused(item.name, item.spelling, reason, item.anchor)
@@ -79,26 +78,19 @@ def _disagreement(view: CanonicalView, site: Site, piece: Slice) -> str | None:
 def _resizings(site: Site) -> list[Resizing]:
     """Sizes to run at: short ones where the true ones are large, then the true ones."""
     sizes = site.sizes
-    hints = {name: _hint(size, site) for name, size in sizes.items()}
+    hints = {name: size_hint(size, site.fake) for name, size in sizes.items()}
     scores = math.prod(hints[name] for name in ("B", "H", "M", "N"))
-    fake = site.q.access.node.meta["fake"]
-    true = Resizing.to(sizes, hints, hints, fake)
+    true = Resizing.to(sizes, hints, hints, site.fake)
     if scores <= _FEW_SCORES:
         return [true]
     rows = min(hints["M"], _SHORT_ROWS)
     columns = rows if sizes["M"] == sizes["N"] else min(hints["N"], _SHORT_COLUMNS)
     short = {**hints, "B": min(hints["B"], _SHORT_BATCH), "M": rows, "N": columns}
     plans = [
-        Resizing.to(sizes, hints, short, fake),
-        Resizing.to(sizes, hints, {**short, "B": hints["B"]}, fake),
+        Resizing.to(sizes, hints, short, site.fake),
+        Resizing.to(sizes, hints, {**short, "B": hints["B"]}, site.fake),
     ]
     return [*plans, true] if scores <= _FEW_SCORES * 256 else plans
-
-
-def _hint(size: sympy.Expr, site: Site) -> int:
-    if size.is_Integer:
-        return int(size)
-    return int(size_hint(size, site.q.access.node.meta["fake"]))
 
 
 def _compared(site: Site, piece: Slice, resizing: Resizing) -> str | None:
@@ -146,9 +138,7 @@ def _drawn(
         if operand is not None
         else [resizing.number(size) for size in meta.shape]
     )
-    if meta.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-    return torch.randint(0, 2, shape, generator=generator).to(meta.dtype)
+    return random_values(node, shape, generator)
 
 
 def _arranged(tensor: torch.Tensor, operand: Operand, resizing: Resizing) -> torch.Tensor:

@@ -201,3 +201,20 @@ def test_disabled_backend_hands_over_the_graph(monkeypatch: pytest.MonkeyPatch) 
     inputs = _inputs()
     torch.testing.assert_close(compiled(*inputs), _attention(*inputs))
     assert given == [(None, {"max_autotune": True})]
+
+
+@pytest.mark.parametrize("value", [0, -1.5, True, "soon", None, float("nan")])
+def test_time_for_the_analysis_must_be_positive_seconds(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"option analysis_seconds=.*seconds above 0"):
+        parse_options({"analysis_seconds": value})
+
+
+def test_time_for_the_analysis_may_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert parse_options({"analysis_seconds": 5})[0].analysis_seconds == 5.0
+    monkeypatch.setenv("ADAATTN_ANALYSIS_SECONDS", "2.5")
+    assert parse_options(None)[0].analysis_seconds == 2.5
+    monkeypatch.setenv("ADAATTN_ANALYSIS_SECONDS", "long")
+    with pytest.raises(ValueError, match="ADAATTN_ANALYSIS_SECONDS='long' in the environment"):
+        parse_options(None)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import adaattn_compiler.backend as backend
 from adaattn_compiler import adaattn, explain
-from adaattn_compiler.passes import pipeline
+from adaattn_compiler.passes import deadline, pipeline
 
 STAGES = ("expand", "canonicalize", "match", "check_uses", "validate", "lower")
 
@@ -78,6 +78,34 @@ def test_failing_pass_leaves_the_graph_to_inductor(
     assert not _calls_sdpa(without_inductor[0])
     (message,) = _said(caplog)
     assert "a fault of ours" in message
+
+
+def test_analysis_out_of_time_leaves_the_graph_to_inductor(
+    without_inductor: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = inputs()
+    with caplog.at_level(logging.WARNING, "adaattn_compiler"):
+        compiled = torch.compile(attention, backend="adaattn", options={"analysis_seconds": 1e-9})
+        for _ in range(3):
+            torch.testing.assert_close(compiled(*tensors), attention(*tensors))
+    assert not _calls_sdpa(without_inductor[0])
+    (message,) = _said(caplog)
+    assert "analysis took longer than 1e-09 s (option analysis_seconds)" in message
+
+
+@pytest.mark.parametrize("stage", ["canonicalize", "match", "validate", "prove_masks"])
+def test_every_long_stage_watches_the_time(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = getattr(pipeline, stage)
+
+    def late(*args: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(deadline.time, "monotonic", lambda: float("inf"))
+            return whole(*args)
+
+    monkeypatch.setattr(pipeline, stage, late)
+    explanation = explain(attention, *inputs())
+    assert explanation.sites == ()
+    assert "analysis took longer than 120 s" in explanation.notes[0]
 
 
 def test_explain_tells_of_a_failing_pass(monkeypatch: pytest.MonkeyPatch) -> None:

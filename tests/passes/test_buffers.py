@@ -9,7 +9,9 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from adaattn_compiler import explain
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.passes.buffers import as_expression
 from adaattn_compiler.predicates import describe
@@ -270,3 +272,24 @@ def test_buffers_too_large_to_compare_are_left_alone(monkeypatch: pytest.MonkeyP
 def test_large_buffers_are_read() -> None:
     assert_recognized(triangle(2048, 2048), "causal")
     assert_recognized(band(1500, 1500, 255, 0), "causal & window(256)")
+
+
+@pytest.mark.parametrize("held_rows", [2304, 4096])
+def test_buffer_as_long_as_the_sequence_is_validated_at_short_lengths(held_rows: int) -> None:
+    """Where all of a buffer is taken there is no slice whose size could be made smaller."""
+    rows = 2304
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mask = torch.ones(1, 1, held_rows, held_rows, dtype=torch.bool).tril()
+            self.register_buffer("mask", mask)
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            scores = q @ k.mT / 2.0
+            scores = scores.masked_fill(~self.mask[:, :, :rows, :rows], -INF)
+            return scores.softmax(-1) @ v
+
+    # More scores than are ever computed for a validation.
+    explanation = explain(Causal(), *(torch.randn(1, 8, rows, 4) for _ in range(3)))
+    assert [(site.lowered, site.mask) for site in explanation.sites] == [(True, "causal")]

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.options import Options
-from adaattn_compiler.passes import match
+from adaattn_compiler.passes import match_product
 from adaattn_compiler.passes.lower import Lowered
 from adaattn_compiler.spec import AttentionSpec, EmptyRow
 
@@ -657,14 +657,14 @@ def test_a_dropped_conjunct_is_seen(dropped: int) -> None:
 def test_a_matcher_that_drops_a_conjunct_is_refused(
     dropped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = match.score_parts
+    original = match_product.score_parts
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
         parts = original(*args, **kwargs)
         kept = [part for i, part in enumerate(parts.mask.args) if i != dropped]
         return replace(parts, mask=sympy.And(*kept))
 
-    monkeypatch.setattr(match, "score_parts", forgetful)
+    monkeypatch.setattr(match_product, "score_parts", forgetful)
     outcome = MUTATED.checked()
     (record,) = outcome.sites
     assert not record.lowered

@@ -1,0 +1,41 @@
+"""What kernels behind `adaattn::attention` (ops.py) share: what the op cannot do, and its call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adaattn_compiler.kernels.evaluate import is_printable
+from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+
+
+def op_refusal(problem: Problem) -> str | None:
+    """Why the op cannot take a problem, whatever kernel is behind it; None where it can."""
+    spec = problem.spec
+    if problem.device != "cpu":
+        return "only on the CPU"
+    if problem.requires_grad:
+        return "no backward on the CPU"
+    if spec.dropout_p > 0:
+        return "no dropout"
+    if any(isinstance(hint, float) for hint in problem.param_hints):
+        return "a number in the score is known only at run time"
+    for expression in (spec.score, spec.mask, spec.sink):
+        if expression is not None and not is_printable(expression):
+            return f"no code for {expression}"
+    return None
+
+
+def op_call(plan: str) -> Attention:
+    """The function that computes what a plan says, by the op."""
+
+    def attention(
+        q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
+    ) -> Any:
+        return torch.ops.adaattn.attention(
+            q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), plan
+        )
+
+    return attention
