@@ -43,6 +43,8 @@ def evaluate(expression: Any, values: Mapping[sympy.Symbol, Any], load: LoadFunc
         condition, x, y = (value(arg) for arg in expression.args)
         if isinstance(condition, bool):
             return x if condition else y
+        if any(_is_beyond_float32(number) for number in (x, y)):
+            x, y = (_in_float64(number, condition) for number in (x, y))
         return torch.where(condition, x, y)
     if isinstance(expression, sympy.floor):
         numerator, denominator = expression.args[0].as_numer_denom()
@@ -55,6 +57,20 @@ def evaluate(expression: Any, values: Mapping[sympy.Symbol, Any], load: LoadFunc
     if function is None:
         raise NotImplementedError(f"no torch form of {expression.func}")
     return function(*(value(arg) for arg in _ordered(expression)))
+
+
+def _is_beyond_float32(number: Any) -> bool:
+    """Whether it is a number that torch.where would not take (it makes numbers float32)."""
+    largest = torch.finfo(torch.float32).max
+    return isinstance(number, (int, float)) and largest < abs(number) < float("inf")
+
+
+def _in_float64(number: Any, like: Any) -> Any:
+    return (
+        torch.full_like(like, number, dtype=torch.float64)
+        if isinstance(number, (int, float))
+        else number
+    )
 
 
 def _ordered(expression: Any) -> Sequence[Any]:

@@ -15,7 +15,13 @@ from typing import Any
 from torch import fx
 
 from adaattn_compiler.passes.assemble import module_path
-from adaattn_compiler.passes.canonicalize import CanonicalView, opaque, origin_of, overwritten
+from adaattn_compiler.passes.canonicalize import (
+    CanonicalView,
+    getitem,
+    opaque,
+    origin_of,
+    overwritten,
+)
 from adaattn_compiler.passes.site import Operand, SideTensor, Site
 from adaattn_compiler.passes.views import Access
 
@@ -58,10 +64,10 @@ class Matched:
             if len(order) > _MOST_NODES:
                 return None
             if not self._ends(node):
-                for above in node.all_input_nodes:
-                    if above not in number:
-                        number[above] = len(order)
-                        order.append(above)
+                for other in (*node.all_input_nodes, *_items(node)):
+                    if other not in number:
+                        number[other] = len(order)
+                        order.append(other)
         return Region(tuple(order), tuple(self._described(node, number) for node in order))
 
     def _ends(self, node: fx.Node) -> bool:
@@ -81,6 +87,11 @@ class Matched:
         if self._ends(node):
             return (node.target, _source(node), *facts)
         return (node.target, _frozen(node.args, number), _frozen(node.kwargs, number), *facts)
+
+
+def _items(node: fx.Node) -> list[fx.Node]:
+    """The results of a call that has several, in order (a dropout's mask beside its output)."""
+    return sorted((u for u in node.users if u.target is getitem), key=lambda u: int(u.args[1]))
 
 
 def _source(node: fx.Node) -> str | None:

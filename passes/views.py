@@ -16,7 +16,7 @@ from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
 from adaattn_compiler.passes.canonicalize import getitem, meta_of, size_expr
-from adaattn_compiler.passes.index_map import Index, NotAffine, is_less, reshaped
+from adaattn_compiler.passes.index_map import Index, NotAffine, divide, is_less, reshaped
 
 aten = torch.ops.aten
 
@@ -79,6 +79,25 @@ def broadcast_access(access: Access, source: fx.Node) -> Access:
 
 def _expand(access: Access, named: dict[str, Any]) -> Access:
     return broadcast_access(access, named["self"])
+
+
+def _repeat(access: Access, named: dict[str, Any]) -> Access:
+    """Each dimension over and over, after new ones in front."""
+    sizes = meta_of(named["self"]).shape
+    kept = access.index[len(access.index) - len(sizes) :]
+    return Access(
+        named["self"],
+        tuple(
+            position if times == 1 else divide(position, size)[1]
+            for position, size, times in zip(
+                kept, sizes, _last(named["repeats"], sizes), strict=True
+            )
+        ),
+    )
+
+
+def _last(values: Sequence[Any], like: Sequence[Any]) -> Sequence[Any]:
+    return values[len(values) - len(like) :]
 
 
 def _permute(access: Access, named: dict[str, Any]) -> Access:
@@ -246,6 +265,7 @@ _RULES: dict[Any, _Rule] = {
     aten._reshape_alias.default: _reshape,
     aten.view_copy.default: _reshape,
     aten.expand.default: _expand,
+    aten.repeat.default: _repeat,
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.t.default: _t,

@@ -51,9 +51,6 @@ def test_family_is_lowered_and_as_accurate_as_eager(family: Family, implementati
         _reported(family, exact),
     )
     masks = tuple(site.mask for site in outcome.sites)
-    unnamed = (family.unnamed or {}).get(implementation)
-    if unnamed is not None and masks != family.masks:
-        pytest.xfail(unnamed)
     assert masks == family.masks
 
 

@@ -338,9 +338,6 @@ def test_autocast_inside_a_compiled_module(training: bool) -> None:
     assert_as_accurate(ours, eager, exact)
 
 
-@pytest.mark.xfail(
-    reason="weights that autocast has cached are not known to the view", strict=False
-)
 def test_autocast_around_a_model_that_has_run_before() -> None:
     model = llama("eager").eval()
     inputs = {"input_ids": tokens(), "use_cache": False}

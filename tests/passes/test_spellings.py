@@ -461,6 +461,27 @@ def repeat_interleave(q, k, v):
     return weighted(q @ k.mT * SCALE, v)
 
 
+@spelling(grouped)
+def repeated_in_turns(q, k, v):
+    """Head h reads head h % G: not groups of neighbours, so no grouped attention."""
+    k, v = (t.repeat(1, GROUP, 1, 1) for t in (k, v))
+    return weighted(q @ k.mT * SCALE, v)
+
+
+@spelling(
+    lambda: (torch.randn(B, H, M, D), torch.randn(1, 1, N, D), torch.randn(1, H, N, E)),
+)
+def repeated_over_batch_and_heads(q, k, v):
+    k, v = k.repeat(B, H, 1, 1), v.repeat(B, 1, 1, 1)
+    return weighted(q @ k.mT * SCALE, v)
+
+
+@spelling(with_extra(cross, lambda: torch.rand(N) > 0.3), mask="key padding")
+def repeated_mask(q, k, v, keep):
+    mask = keep.repeat(B, H, M, 1)
+    return weighted((q @ k.mT * SCALE).masked_fill(~mask, -1e30), v)
+
+
 @spelling(grouped, spec=is_grouped)
 def repeat_kv(q, k, v):
     """As in transformers."""

@@ -37,8 +37,7 @@ class Family:
 
     masks: of each site, in order. padded: which positions are padding ("left", "right"), where any.
     implementations: the attention implementations that the family has. needs: by implementation,
-    the kernel without which its attentions cannot be computed. unnamed: by implementation, why a
-    mask is not told apart yet from the tensor that it is part of (the result is right even so).
+    the kernel without which its attentions cannot be computed.
     """
 
     name: str
@@ -48,7 +47,6 @@ class Family:
     padded: str | None = None
     implementations: tuple[str, ...] = ("eager", "sdpa")
     needs: Mapping[str, str] | None = None
-    unnamed: Mapping[str, str] | None = None
 
     def model(self, implementation: str) -> torch.nn.Module:
         """The same random weights on each call, in eval mode."""
@@ -239,7 +237,6 @@ def gpt_oss(implementation: str) -> torch.nn.Module:
     )
 
 
-_PACKED = "segments from the running sum of diff(arange) != 1, which is 0, are read as data"
 _SEQ2SEQ_MASKS = (NONE, NONE, CAUSAL, NONE, CAUSAL, NONE)
 
 FAMILIES: tuple[Family, ...] = (
@@ -256,7 +253,6 @@ FAMILIES: tuple[Family, ...] = (
         t5,
         _seq2seq,
         _SEQ2SEQ_MASKS,
-        unnamed={"sdpa": "where(causal, bias, finfo.min) as attn_mask is read as one tensor"},
     ),
     Family("vit", vit, _image, (NONE, NONE)),
     Family(
@@ -264,7 +260,6 @@ FAMILIES: tuple[Family, ...] = (
         whisper,
         _speech,
         _SEQ2SEQ_MASKS,
-        unnamed=dict.fromkeys(("eager", "sdpa"), _PACKED),
     ),
     Family("bloom", bloom, _text(), (CAUSAL, CAUSAL), implementations=("eager",)),
     Family(
