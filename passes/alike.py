@@ -91,7 +91,7 @@ class Matched:
 
 def _items(node: fx.Node) -> list[fx.Node]:
     """The results of a call that has several, in order (a dropout's mask beside its output)."""
-    return sorted((u for u in node.users if u.target is getitem), key=lambda u: int(u.args[1]))
+    return sorted((u for u in node.users if u.target is getitem), key=lambda u: str(u.args[1]))
 
 
 def _source(node: fx.Node) -> str | None:

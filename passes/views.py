@@ -84,20 +84,15 @@ def _expand(access: Access, named: dict[str, Any]) -> Access:
 def _repeat(access: Access, named: dict[str, Any]) -> Access:
     """Each dimension over and over, after new ones in front."""
     sizes = meta_of(named["self"]).shape
-    kept = access.index[len(access.index) - len(sizes) :]
+    new = len(access.index) - len(sizes)
+    repeated = zip(access.index[new:], sizes, named["repeats"][new:], strict=True)
     return Access(
         named["self"],
         tuple(
             position if times == 1 else divide(position, size)[1]
-            for position, size, times in zip(
-                kept, sizes, _last(named["repeats"], sizes), strict=True
-            )
+            for position, size, times in repeated
         ),
     )
-
-
-def _last(values: Sequence[Any], like: Sequence[Any]) -> Sequence[Any]:
-    return values[len(values) - len(like) :]
 
 
 def _permute(access: Access, named: dict[str, Any]) -> Access:
