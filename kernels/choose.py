@@ -3,8 +3,8 @@
 Kernels that cannot take the problem say why. Among the others, those whose estimated cost is far
 above the least are left out, and so is whatever has to be compiled for a problem too small to repay
 it. Where more than one is left they run on random data of the problem's size, in turns, and the
-fastest is written to a table on disk (one small file for each problem, replaced atomically), so
-that each is measured once on a machine.
+times are written to a table on disk (one small file for each problem, replaced atomically), so that
+each is measured once on a machine; not where the rounds differ much, as on a machine that is busy.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def _fastest(near: list[Kernel], problem: Problem, options: Options) -> Choice:
     key = _key(near, problem)
     times = table.get(key)
     if times is None:
-        times = measured(near, problem)
-        if times:
+        found = measured(near, problem)
+        times = found.times
+        if times and found.steady:
             table.put(key, times)
     if not times:
         return _built(near, problem, "least cost by estimate")

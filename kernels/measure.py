@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,19 +14,40 @@ from adaattn_compiler.kernels.problem import Kernel, Problem, Sizes
 log = logging.getLogger("adaattn_compiler")
 
 # Rounds in which each kernel runs once; fewer where they take long.
-_ROUNDS = 5
+_MOST_ROUNDS, _LEAST_ROUNDS = 5, 3
 _MOST_SECONDS = 1.5
+# A kernel's rounds differ by no more than this where nothing else disturbs them.
+_STEADY = 1.6
 
 
-def measured(kernels: Sequence[Kernel], problem: Problem) -> dict[str, float]:
-    """Median seconds of one call by kernel name, run in turns; kernels that fail are left out."""
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one call by kernel name, and whether the machine was quiet enough to keep them."""
+
+    times: dict[str, float]
+    steady: bool
+
+
+def measured(kernels: Sequence[Kernel], problem: Problem) -> Measured:
+    """Each kernel's time, run in turns on random data; kernels that fail are left out.
+
+    The least of the rounds: what else the machine does makes a call slower, never faster.
+    """
     calls = {kernel.name: _call(kernel, problem) for kernel in kernels}
     able = {name: call for name, call in calls.items() if call is not None}
     with torch.no_grad():
         for name in list(able):
             if not _works(name, able[name]):
                 del able[name]
-        return _in_turns(able)
+        rounds = _in_turns(able)
+    return Measured(
+        {name: min(seconds) for name, seconds in rounds.items()},
+        all(_median(seconds) <= _STEADY * min(seconds) for seconds in rounds.values()),
+    )
+
+
+def _median(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2]
 
 
 def _works(name: str, call: Callable[[], object]) -> bool:
@@ -38,18 +59,18 @@ def _works(name: str, call: Callable[[], object]) -> bool:
     return True
 
 
-def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
-    for turn in range(_ROUNDS):
+    for turn in range(_MOST_ROUNDS):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for name in order:
             start = time.perf_counter()
             calls[name]()
             times[name].append(time.perf_counter() - start)
-        if time.perf_counter() - begin > _MOST_SECONDS:
+        if turn + 1 >= _LEAST_ROUNDS and time.perf_counter() - begin > _MOST_SECONDS:
             break
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
 
 
 def _call(kernel: Kernel, problem: Problem) -> Callable[[], object] | None:

@@ -128,6 +128,7 @@ class StripsRunner:
         batch, heads, rows, _ = q_BHMD.shape
         out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
         length = self._length(rows, k_BGND.shape[2], tuple(params), q_BHMD.dtype)
+        shuts = self._bias_shuts_keys(operands)
         for strip in length.ranges:
             start, count, first, last = strip
             target = out[:, :, start : start + count]
@@ -136,10 +137,16 @@ class StripsRunner:
                     q_BHMD[:, :, start : start + count],
                     k_BGND[:, :, first:last],
                     v_BGNE[:, :, first:last],
-                    _Context(self.spec, strip, operands, params, length, v_BGNE),
+                    _Context(self.spec, strip, operands, params, length, v_BGNE, shuts),
                 )
             )
         return out
+
+    def _bias_shuts_keys(self, operands: Sequence[torch.Tensor]) -> bool:
+        """Whether a bias that is data may be -inf somewhere (an overflowing sum says so, too)."""
+        loads = self.spec.score.atoms(Load)
+        read = [operands[number] for number in {int(load.args[0]) for load in loads}]
+        return not all(bool(torch.isfinite(tensor.sum())) for tensor in read)
 
     def _length(
         self, rows: int, columns: int, params: tuple[int, ...], dtype: torch.dtype
@@ -226,6 +233,7 @@ class _Context:
     params: Sequence[int]
     length: _Length
     v: torch.Tensor
+    bias_shuts_keys: bool
 
     def values(self) -> dict[Any, Any]:
         """The strip's positions and the sizes."""
@@ -250,7 +258,7 @@ class _Context:
 
     def has_key(self, keep: torch.Tensor | None) -> torch.Tensor:
         """Whether each row of the strip has a key; keep: the strip's mask."""
-        if not self.spec.score.has(Load):
+        if not self.bias_shuts_keys:
             return torch.ones((), dtype=torch.bool) if keep is None else keep.any(-1, keepdim=True)
         found = has_key(self.spec, self.values(), self.operands, self.params, partial=True)
         return torch.as_tensor(found)

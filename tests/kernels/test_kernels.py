@@ -264,22 +264,6 @@ def test_flex_is_built_anew_for_other_numbers_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_choice_says_why_and_is_kept(tmp_path: object) -> None:
-    problem = problem_of("window", rows=1500, columns=1500)
-    options = Options(cache_dir=tmp_path, kernels=("sdpa", "strips"))  # type: ignore[arg-type]
-    import adaattn_compiler.kernels.choose as module
-
-    before = module._SMALL
-    module._SMALL = 0.0
-    try:
-        first = choose(problem, options)
-        again = choose(problem, options)
-    finally:
-        module._SMALL = before
-    assert first.why.startswith("measured")
-    assert again.times == first.times
-
-
 def test_no_kernel_is_a_refusal_with_each_reason() -> None:
     problem = dataclasses.replace(problem_of("softcap"), requires_grad=True)
     with pytest.raises(Refusal, match=r"sdpa: .*strips: .*flex: "):

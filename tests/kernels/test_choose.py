@@ -1,0 +1,103 @@
+"""Which kernel is chosen, what is said of it, and what is kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sympy
+import torch
+
+from adaattn_compiler.kernels import choose as module
+from adaattn_compiler.kernels import measure
+from adaattn_compiler.kernels.choose import choose
+from adaattn_compiler.kernels.measure import Measured
+from adaattn_compiler.kernels.problem import Problem, Shape
+from adaattn_compiler.options import Options
+from adaattn_compiler.spec import AttentionSpec, k, q
+
+WINDOW = sympy.And(sympy.Ge(q - k, 0), sympy.Ge(k - q + 511, 0))
+
+
+def problem(rows: int = 4096) -> Problem:
+    """A window long enough that kernels compete."""
+    shape = Shape(1, 8, 8, rows, rows, 64, 64, hints=(1, rows, rows))
+    return Problem(AttentionSpec(0.125, mask=WINDOW), shape, torch.float32, "cpu", False)
+
+
+@dataclasses.dataclass
+class Clock:
+    """Stands in for running kernels: what it says, and how often it was asked."""
+
+    times: dict[str, float]
+    steady: bool = True
+    asked: int = 0
+
+    def __call__(self, kernels: Any, problem: Problem) -> Measured:
+        self.asked += 1
+        named = {kernel.name for kernel in kernels}
+        times = {name: t for name, t in self.times.items() if name in named}
+        return Measured(times, self.steady)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock({"sdpa": 3.0, "strips": 2.0})
+    monkeypatch.setattr(module, "measured", clock)
+    return clock
+
+
+def options(folder: Path) -> Options:
+    return Options(cache_dir=folder, kernels=("sdpa", "strips"))
+
+
+def test_fastest_is_chosen_and_its_time_kept(clock: Clock, tmp_path: Path) -> None:
+    first, again = (choose(problem(), options(tmp_path)) for _ in range(2))
+    assert first.kernel.name == "strips"
+    assert first.why == "measured: strips 2000.00 ms, sdpa 3000.00 ms"
+    assert again == first
+    assert clock.asked == 1
+
+
+def test_times_of_a_busy_machine_are_not_kept(clock: Clock, tmp_path: Path) -> None:
+    clock.steady = False
+    assert choose(problem(), options(tmp_path)).kernel.name == "strips"
+    assert list(tmp_path.rglob("*.json")) == []
+    clock.times, clock.steady = {"sdpa": 1.0, "strips": 2.0}, True
+    assert choose(problem(), options(tmp_path)).kernel.name == "sdpa"
+    assert clock.asked == 2
+
+
+def test_other_lengths_are_measured_for_themselves(clock: Clock, tmp_path: Path) -> None:
+    for rows in (4096, 2048, 4096):
+        choose(problem(rows), options(tmp_path))
+    assert clock.asked == 2
+
+
+def test_small_problems_are_not_measured(clock: Clock, tmp_path: Path) -> None:
+    assert choose(problem(64), options(tmp_path)).why.endswith("too small to measure")
+    assert clock.asked == 0
+
+
+def test_measuring_can_be_turned_off(clock: Clock, tmp_path: Path) -> None:
+    trusting = dataclasses.replace(options(tmp_path), measure=False)
+    assert choose(problem(), trusting).why == "least cost by estimate"
+    assert clock.asked == 0
+
+
+@pytest.mark.parametrize(("rounds", "steady"), [((1.0, 1.1, 1.2), True), ((1.0, 9.0, 9.0), False)])
+def test_rounds_that_differ_are_not_steady(
+    rounds: tuple[float, ...], steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_in_turns", lambda calls: {name: list(rounds) for name in calls})
+    found = measure.measured(module.kernels()[:2], problem(64))
+    assert found.times == {"sdpa": 1.0, "strips": 1.0}
+    assert found.steady is steady
+
+
+def test_kernel_that_fails_on_random_data_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    works = measure._works
+    monkeypatch.setattr(measure, "_works", lambda name, call: name != "sdpa" and works(name, call))
+    assert set(measure.measured(module.kernels()[:2], problem(64)).times) == {"strips"}
