@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from adaattn_compiler.kernels import ops
 from adaattn_compiler.kernels.flex import FlexKernel
-from adaattn_compiler.kernels.measure import measured
+from adaattn_compiler.kernels.measure import first_line, measured, warn_once
 from adaattn_compiler.kernels.problem import Kernel, Problem
 from adaattn_compiler.kernels.sdpa import SdpaKernel
 from adaattn_compiler.kernels.strips import StripsKernel
@@ -96,9 +96,9 @@ def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:
         try:
             kernel.build(problem)
         except Exception as error:
-            log.warning("kernel %s could not be built: %s", kernel.name, _first_line(error))
+            warn_once(f"kernel {kernel.name} could not be built: {first_line(error)}")
             log.debug("where it failed", exc_info=True)
-            failures.append(f"{kernel.name} could not be built: {_first_line(error)}")
+            failures.append(f"{kernel.name} could not be built: {first_line(error)}")
             continue
         return Choice(kernel, why if not failures else "; ".join(failures))
     raise Refusal("; ".join(failures))
@@ -133,8 +133,3 @@ def _key(near: list[Kernel], problem: Problem) -> str:
     names = sorted(kernel.name for kernel in near)
     text = repr((problem.spec.key(), sizes, str(problem.dtype), problem.device, names))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,18 @@ _MOST_ROUNDS, _LEAST_ROUNDS = 5, 3
 _MOST_SECONDS = 1.5
 # A kernel's rounds differ by no more than this where nothing else disturbs them.
 _STEADY = 1.6
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """The same fault of a kernel is met with every problem: once is enough."""
+    log.warning(message)
+
+
+def first_line(error: Exception) -> str:
+    """An error in short."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,8 @@ def _works(name: str, call: Callable[[], object]) -> bool:
     try:
         call()
     except Exception as error:
-        log.warning("kernel %s fails on random data: %r", name, error)
+        warn_once(f"kernel {name} fails on random data: {first_line(error)}")
+        log.debug("where it failed", exc_info=True)
         return False
     return True
 
@@ -77,7 +91,8 @@ def _call(kernel: Kernel, problem: Problem) -> Callable[[], object] | None:
     try:
         attention = kernel.build(problem)
     except Exception as error:
-        log.warning("kernel %s could not be built: %r", kernel.name, error)
+        warn_once(f"kernel {kernel.name} could not be built: {first_line(error)}")
+        log.debug("where it failed", exc_info=True)
         return None
     shape = problem.shape
     batch, rows, columns = shape.hints
