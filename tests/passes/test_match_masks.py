@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from check import run
 from spelling import (
+    INF,
+    SCALE,
     SDPA_ONLY,
     B,
     D,
@@ -19,7 +21,10 @@ from spelling import (
     check_spelling,
     compare,
     cross,
+    lower_triangle,
+    scored,
     square,
+    weighted,
     with_extra,
 )
 from torch import nn
@@ -28,20 +33,6 @@ from adaattn_compiler.passes.lower import Lowered
 from adaattn_compiler.spec import EmptyRow
 
 spelling = Spellings()
-SCALE = D**-0.5
-INF = float("inf")
-
-
-def scored(q, k):
-    return q @ k.transpose(-1, -2) * SCALE
-
-
-def weighted(scores, v):
-    return torch.softmax(scores, -1) @ v
-
-
-def lower_triangle(m, n):
-    return torch.ones(m, n, dtype=torch.bool).tril(n - m)
 
 
 def is_empty(row):

@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 from spelling import (
+    INF,
+    SCALE,
     B,
     D,
     E,
@@ -17,7 +19,10 @@ from spelling import (
     Spellings,
     check_spelling,
     cross,
+    lower_triangle,
+    scored,
     square,
+    weighted,
     with_extra,
 )
 from torch import nn
@@ -25,20 +30,6 @@ from torch import nn
 from adaattn_compiler.spec import Load, k, q
 
 spelling = Spellings()
-SCALE = D**-0.5
-INF = float("inf")
-
-
-def scored(q, k):
-    return q @ k.transpose(-1, -2) * SCALE
-
-
-def weighted(scores, v):
-    return torch.softmax(scores, -1) @ v
-
-
-def lower_triangle(m, n):
-    return torch.ones(m, n, dtype=torch.bool).tril(n - m)
 
 
 def no_tensor(spec):

@@ -10,10 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check import Outcome, run
-from spelling import SDPA_ONLY, B, D, H, M, N, cross, square, tensors, with_extra
-
-SCALE = D**-0.5
-INF = float("inf")
+from spelling import (
+    INF,
+    SDPA_ONLY,
+    B,
+    D,
+    H,
+    M,
+    N,
+    cross,
+    lower_triangle,
+    scored,
+    square,
+    tensors,
+    with_extra,
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +47,6 @@ def near_miss(reason: str, inputs: Callable[[], tuple[Any, ...]] = cross) -> Cal
         return function
 
     return add
-
-
-def scored(q, k):
-    return q @ k.transpose(-1, -2) * SCALE
-
-
-def lower_triangle(m, n):
-    return torch.ones(m, n, dtype=torch.bool).tril(n - m)
 
 
 # -- values inside that are used outside -----------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from check import assert_as_accurate, run
 from spelling import (
+    SCALE,
     SDPA_ONLY,
     B,
     D,
@@ -22,6 +23,7 @@ from spelling import (
     check_spelling,
     cross,
     square,
+    weighted,
     with_extra,
 )
 from torch import nn
@@ -29,17 +31,12 @@ from torch import nn
 from adaattn_compiler.passes.lower import Lowered
 
 spelling = Spellings()
-SCALE = D**-0.5
 GROUP = 2
 
 
 def has_scale(value: float) -> Any:
     """Whether a spec's scale is this number."""
     return lambda spec: math.isclose(spec.scale, value, rel_tol=1e-6)
-
-
-def weighted(scores: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(scores, -1) @ v
 
 
 # -- products --------------------------------------------------------------------------------------

@@ -15,7 +15,24 @@ from adaattn_compiler.options import Options
 from adaattn_compiler.passes.lower import Lowered
 
 B, H, M, N, D, E = 2, 3, 5, 7, 8, 6
+SCALE = D**-0.5
+INF = float("inf")
 SDPA_ONLY = Options(kernels=("sdpa",))
+
+
+def scored(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Scaled products, written in one of the many ways."""
+    return q @ k.transpose(-1, -2) * SCALE
+
+
+def weighted(scores: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What follows the scores."""
+    return torch.softmax(scores, -1) @ v
+
+
+def lower_triangle(m: int, n: int) -> torch.Tensor:
+    """Causal, the last query at the last key."""
+    return torch.ones(m, n, dtype=torch.bool).tril(n - m)
 
 
 @dataclass(frozen=True)
