@@ -155,6 +155,7 @@ def _expression(text: str) -> Any:
     """The sympy expression of a srepr; only sympy's names and ours can be mentioned in it."""
     names = {name: getattr(sympy, name) for name in dir(sympy) if name[0].isupper()}
     names |= {"tanh": sympy.tanh, "floor": sympy.floor}
+    names |= {name: getattr(sympy, name) for name in ("oo", "zoo", "nan", "pi")}
     names |= {"Load": Load, "Where": Where, "true": sympy.true, "false": sympy.false}
     return eval(text, {"__builtins__": {}}, names)
 

@@ -62,7 +62,9 @@ class StripsKernel:
         return work * (1.15 if spec.bias == 0 or by_distance else 2.5) + 2e4 * len(ranges)
 
     def build(self, problem: Problem) -> Attention:
-        return op_call(repr({"kernel": "strips", "spec": problem.spec.serialize()}))
+        plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})
+        strips_runner(plan)  # made now: a failure must be known before the graph is written
+        return op_call(plan)
 
 
 def vector_of_distances(spec: AttentionSpec) -> int | None:

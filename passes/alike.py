@@ -52,8 +52,8 @@ class Matched:
         return _moved(site, dict(zip(first.nodes, region.nodes, strict=True)))
 
     def add(self, region: Region | None, site: Site) -> None:
-        """Remember a region's site."""
-        if region is not None:
+        """Remember a region's site, where all that it names is in the region."""
+        if region is not None and _named(site) <= set(region.nodes):
             self._sites.setdefault(region.key, (region, site))
 
     def region(self, output: fx.Node) -> Region | None:
@@ -113,6 +113,13 @@ def _frozen(value: Any, number: Mapping[fx.Node, int]) -> Any:
     if isinstance(value, slice):
         return ("slice", *(_frozen(v, number) for v in (value.start, value.stop, value.step)))
     return (type(value), value)
+
+
+def _named(site: Site) -> set[fx.Node]:
+    """The nodes that a site names."""
+    named = {site.anchor, site.output, *site.noise, *site.inputs}
+    named |= {side.node for side in site.sides} | {access.node for access, _ in site.readings}
+    return named | ({site.scores} if site.scores is not None else set())
 
 
 def _moved(site: Site, to: Mapping[fx.Node, fx.Node]) -> Site:

@@ -72,7 +72,8 @@ class CanonicalView:
     known: view node -> the first Dynamo node whose result it is.
     read_until: view node -> the Dynamo node that overwrites its storage (it must be read before).
     constants: view node -> its value, for tensors made from Python data in the graph.
-    live: the nodes that the outputs and effects need; effects: the calls that change an input.
+    live: the nodes that the outputs and effects need; effects: the calls that change an input, or
+    return nothing (assertions).
     buffers: nodes that are module buffers: which of the graph's inputs, and its value now.
     deadline: by when the analysis of the graph must be done.
     """
@@ -218,7 +219,9 @@ class _Recorder(TorchDispatchMode):
         if written:
             self._record_in_place(func, written, node_args, node_kwargs, result)
         else:
-            self.record(func, node_args, node_kwargs, result)
+            node = self.record(func, node_args, node_kwargs, result)
+            if not func._schema.returns:  # an assertion: it is there for what it does
+                self.effects.add(node)
         return result
 
     def record(self, target: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> fx.Node:

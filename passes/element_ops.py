@@ -262,6 +262,14 @@ def _row_statistic(reader: Elements, access: Access, named: dict[str, Any]) -> A
     )
 
 
+def _detached(reader: Elements, access: Access, named: dict[str, Any]) -> Any:
+    """Without its gradient: of a row's maximum that is no loss, any other is read as it is."""
+    element = reader.read(Access(named["self"], access.index))
+    if isinstance(element, RowStatistic):
+        return element
+    raise Unreadable("a tensor whose gradient stops here")
+
+
 def item_element(reader: Elements, access: Access, named: dict[str, Any]) -> Any:
     """The values of `max(dim)`; items of other results are loaded."""
     parent, position = access.node.args
@@ -406,6 +414,7 @@ _register(_indexed, aten.index.Tensor)
 _register(_embedding, aten.embedding.default)
 _register(_index_select, aten.index_select.default)
 _register(_row_statistic, aten.amax.default, aten.max.default, aten.logsumexp.default)
+_register(_detached, aten.detach.default)
 _register(_padded, aten.constant_pad_nd.default)
 _register(_cumsum, aten.cumsum.default)
 _register(_cat, aten.cat.default)

@@ -63,13 +63,13 @@ def lower(
     """See the module's docstring."""
     graph, copies = _copied(graph_module)
     tracer = fx.proxy.GraphAppendingTracer(graph)
-    results: list[Lowered | Refused] = []
     memo: dict[Any, Any] = {}
-    for item in found:
-        if isinstance(item, Refused):
-            results.append(item)
-            continue
-        results.append(_lowered(view, tracer, copies, item, options, memo))
+    # As they stand in the graph: what one writes (a mask), the next may read.
+    place = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    sites = [item for item in found if isinstance(item, Site)]
+    sites.sort(key=lambda site: place[origin_of(site.output)])
+    lowered = {s.output: _lowered(view, tracer, copies, s, options, memo) for s in sites}
+    results = [item if isinstance(item, Refused) else lowered[item.output] for item in found]
     sites = [result.site for result in results if isinstance(result, Lowered)]
     live = view.live_without({site.output: site.inputs for site in sites})
     protected = protect(view, tracer, copies, live)
@@ -339,6 +339,7 @@ def _erase_dead(
             and dynamo.op in ("call_function", "call_method")
             and copy.graph is graph
             and not copy.users
+            and not copy.is_impure(impure_random=False)
             and copy in graph.nodes
         ):
             graph.erase_node(copy)

@@ -55,7 +55,7 @@ def product_site(view: CanonicalView, node: fx.Node, matched: Matched) -> Site |
     row, column = Axis("r", shape[-2]), Axis("c", shape[-1])
     index = tuple(Index.of_axis(axis) for axis in (*batch, row, column))
     product = contraction_at(Access(node, index), "n")
-    if product is None or product.addend is not None:
+    if product is None:
         return None
     for weights, values, query, value in (
         (product.lhs, product.rhs, row, column),
@@ -74,6 +74,9 @@ def product_site(view: CanonicalView, node: fx.Node, matched: Matched) -> Site |
             continue
         if obstacle(softmax.scores.node) is None:
             continue  # no product above: weights of another kind
+        if product.addend is not None:
+            reason = "a product with V that something is added to in the same call"
+            return Refused(module_path(softmax.node), softmax.spelling, reason, softmax.node)
         loops = Loops(batch[0] if batch else Axis("i0", ONE), query, product.over, value)
         region = matched.region(node)
         site = matched.alike(region)

@@ -1,6 +1,6 @@
 """The way of a graph, on one screen.
 
-    Dynamo graph -> expanded -> canonical view -> sites -> uses -> validated -> rewritten graph
+    Dynamo graph -> expanded -> canonical view -> sites -> uses, gradients, validation -> rewritten
 
 The bodies of higher-order ops (activation checkpointing) go the same way, each as a graph of its
 own.
@@ -24,6 +24,7 @@ from adaattn_compiler.passes.bodies import in_order, rewrite_bodies, with_bodies
 from adaattn_compiler.passes.canonicalize import canonicalize
 from adaattn_compiler.passes.deadline import Deadline, OutOfTime
 from adaattn_compiler.passes.expand import expand
+from adaattn_compiler.passes.gradients import check_gradients
 from adaattn_compiler.passes.lower import Lowered, lower
 from adaattn_compiler.passes.match import match
 from adaattn_compiler.passes.prove import prove_masks
@@ -67,6 +68,7 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
         view = timer("canonicalize", canonicalize, expanded, inputs, deadline)
         found = timer("match", match, view)
         found = timer("uses", check_uses, view, found)
+        found = timer("gradients", check_gradients, view, found)
         if options.validate:
             found = timer("validate", validate, view, found, inputs)
             found = timer("prove", prove_masks, view, found)
@@ -77,8 +79,10 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
     except Refusal as refusal:
         return Analysis(None, failure=str(refusal), seconds=timer.seconds)
     except OutOfTime as error:
-        log.warning("%s, the graph goes to Inductor as it is", error)
-        return Analysis(None, failure=str(error), seconds=timer.seconds)
+        # The first line: torch appends where in its own run of the graph that was.
+        failure = f"{str(error).splitlines()[0]}; raise analysis_seconds to go on for longer"
+        log.warning("the graph goes to Inductor as it is: %s", failure)
+        return Analysis(None, failure=failure, seconds=timer.seconds)
     except Exception as error:
         log.warning("analysis failed, the graph goes to Inductor as it is: %r", error)
         log.debug("where analysis failed", exc_info=True)

@@ -21,6 +21,8 @@ A graph that writes in place is looked into throughout: there, who shares memory
 from __future__ import annotations
 
 import enum
+import functools
+import inspect
 import operator
 from typing import Any
 
@@ -156,15 +158,31 @@ def _is_number(argument: Any) -> bool:
     return not isinstance(value, torch.Tensor) or value.dim() == 0 or set(value.shape) == {1}
 
 
+def _is_told_to_write(node: fx.Node) -> bool:
+    """Whether a call has `inplace` set, by name or by position."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    place = _place_of_inplace(node.target)
+    return place is not None and place < len(node.args) and node.args[place] is not False
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    """The position of a function's argument `inplace`; None where it has none."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a method's name, or a builtin
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
 def _writes(node: fx.Node) -> bool:
     """Whether a call may change a tensor that it is given."""
     if node.op == "call_module":
         return True
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.target in _IN_PLACE or "out" in node.kwargs or node.kwargs.get("inplace"):
-        return True
-    if node.target is F.dropout and len(node.args) > 3 and node.args[3]:  # inplace, by position
+    if node.target in _IN_PLACE or "out" in node.kwargs or _is_told_to_write(node):
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is not None:

@@ -92,6 +92,8 @@ def score_parts(
     mask = _kept(shut)
     if mask.has(RAW):
         raise Refusal("a mask that depends on the scores")
+    if rest.has(sympy.oo, -sympy.oo, sympy.nan, sympy.zoo):
+        raise Refusal("an infinite number in the scores that is no mask of its own")
     rest, row_terms = without_row_statistics(rest)
     scale, factor, score = _unscaled(rest)
     return ScoreParts(scale, factor, score, mask, empty_row, row_terms, filled, finite)

@@ -120,6 +120,8 @@ class SideReader(ElementReader):
         if is_condition(element):
             if is_exact(element) and (loads_are_thin(element) or _is_one_load(element)):
                 return element
+        elif _is_nested_choice(element) and (parts := self._summands(access)) is not None:
+            return parts
         elif not (element.has(q) and element.has(k)):
             if element.is_number or (isinstance(element, Where) and is_exact(element)):
                 return element
@@ -127,11 +129,9 @@ class SideReader(ElementReader):
             return element
         elif depends_on_distance_only(element) and not element.has(RowStatistic):
             return self._by_distance(access)
-        if access.node.target is aten.add.Tensor and arguments(access.node)["alpha"] == 1:
-            named = arguments(access.node)
-            if all(isinstance(named[name], fx.Node) for name in ("self", "other")):
-                parts = (self.side(broadcast_access(access, named[n])) for n in ("self", "other"))
-                return sympy.Add(*(as_number(part) for part in parts))
+        parts = self._summands(access)
+        if parts is not None:
+            return parts
         chosen = self._choice(access)
         if chosen is not None:
             return chosen
@@ -139,6 +139,16 @@ class SideReader(ElementReader):
             return element
         self.may_mask = self.may_mask or self._may_mask(element)
         return self.load(access)
+
+    def _summands(self, access: Access) -> sympy.Expr | None:
+        """A sum of two sides, each taken for itself; None where it is no such sum."""
+        if access.node.target is not aten.add.Tensor:
+            return None
+        named = arguments(access.node)
+        both = [named[name] for name in ("self", "other")]
+        if named["alpha"] != 1 or not all(isinstance(value, fx.Node) for value in both):
+            return None
+        return sympy.Add(*(as_number(self.side(broadcast_access(access, v))) for v in both))
 
     def _may_mask(self, element: Any) -> bool:
         """Whether a bias that is data may be as low as a mask: it has such a number in it, or is
@@ -254,6 +264,11 @@ _CHOICES: dict[Any, tuple[str, str, str]] = {
     aten.masked_fill.Scalar: ("mask", "value", "self"),
     aten.masked_fill.Tensor: ("mask", "value", "self"),
 }
+
+
+def _is_nested_choice(element: Any) -> bool:
+    """Whether an element chooses by one condition between numbers chosen by others."""
+    return isinstance(element, Where) and any(isinstance(e, Where) for e in element.args[1:])
 
 
 def _is_given(node: fx.Node) -> bool:

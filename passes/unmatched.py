@@ -54,6 +54,8 @@ def _why_unmatched(way: Sequence[fx.Node], known: bool) -> str:
     unknown = [step for step in way if not is_view(step)]
     if not known:
         return "exponentials over something else than their sum over the keys"
+    if any(step.target is aten.detach.default for step in way):
+        return "a gradient that stops between softmax and the product with V"
     if not unknown:
         return "the softmax does not run over the axis that the product with V sums"
     return f"{call_name(unknown[0])} between softmax and the product with V is not understood"

@@ -77,6 +77,14 @@ def broadcast_access(access: Access, source: fx.Node) -> Access:
     )
 
 
+def _detached(access: Access, named: dict[str, Any]) -> Access:
+    """A view, but for gradients, which stop here."""
+    fake = named["self"].meta.get("fake")
+    if fake is not None and fake.requires_grad:
+        raise NotAffine("a tensor whose gradient stops here")
+    return _same_index(access, named)
+
+
 def _expand(access: Access, named: dict[str, Any]) -> Access:
     return broadcast_access(access, named["self"])
 
@@ -277,7 +285,7 @@ _RULES: dict[Any, _Rule] = {
     aten.clone.default: _same_index,
     aten.contiguous.default: _same_index,
     aten.alias.default: _same_index,
-    aten.detach.default: _same_index,
+    aten.detach.default: _detached,
     aten.lift_fresh.default: _same_index,
     aten._to_copy.default: _same_index,
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check import assert_as_accurate, compiled_without_inductor, run
+from spelling import SDPA_ONLY
 
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.pipeline import Analysis
@@ -202,3 +203,65 @@ def _scores_changed_later(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 def test_changes_in_place_are_heeded(function: Attention) -> None:
     outcome = run(function, *(_random(2, 4, 9, 8) for _ in range(3)))
     torch.testing.assert_close(outcome.result, outcome.eager)
+
+
+def _asserted_input(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    torch._assert_async((q < 1).all(), "bad q")
+    return _plain(q, k, v)
+
+
+def _asserted_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = q @ k.transpose(-1, -2) * 0.3
+    torch._assert_async((scores < 1).all(), "bad scores")
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [_asserted_input, _asserted_scores])
+def test_assertions_in_the_graph_still_hold(function: Attention) -> None:
+    small = [0.1 * torch.rand(2, 4, 9, 8) for _ in range(3)]
+    outcome = run(function, *small)
+    torch.testing.assert_close(outcome.result, outcome.eager)
+    ours = compiled_without_inductor(function, Options(), [])
+    with pytest.raises(RuntimeError, match="bad"):
+        ours(*(100 * tensor for tensor in small))
+
+
+def test_results_in_another_order_than_their_softmaxes() -> None:
+    """What is shared between sites (a mask) is written before the first that reads it."""
+
+    def crossed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        step = torch.arange(9)[:, None] - torch.arange(9)
+        shut = (step < 0) | (step > 3)
+        first = (q @ k.mT).masked_fill(shut, float("-inf")).softmax(-1)
+        second = (k @ q.mT).masked_fill(shut, float("-inf")).softmax(-1)
+        below = second @ v
+        return first @ v, below
+
+    outcome = run(crossed, *(_random(2, 4, 9, 8) for _ in range(3)), options=SDPA_ONLY)
+    assert [site.lowered for site in outcome.sites] == [True, True]
+    torch.testing.assert_close(outcome.result, outcome.eager)
+
+
+def test_layers_alike_with_dropout_between_their_products() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(16, 48)
+            self.dropout = torch.nn.Dropout(0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            weights = self.dropout((q @ k.mT / 8).softmax(-1))
+            return x + (weights @ v).transpose(1, 2).flatten(2)
+
+    outcome = run(torch.nn.Sequential(Layer(), Layer()).train(), _random(2, 6, 16), grad=True)
+    assert [site.lowered for site in outcome.sites] == [True, True]
+
+
+def test_product_that_adds_to_something_is_refused_with_its_reason() -> None:
+    def added(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(c, (q @ k.mT).softmax(-1), v)
+
+    outcome = run(added, *(_random(2, 9, 8) for _ in range(4)))
+    assert [site.lowered for site in outcome.sites] == [False]
+    assert "something is added" in str(outcome.sites[0].reason)

@@ -27,6 +27,7 @@ from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes import match_product
 from adaattn_compiler.passes.lower import Lowered
+from adaattn_compiler.predicates import describe
 from adaattn_compiler.spec import AttentionSpec, EmptyRow
 
 HEADS, DEPTH = 2, 4
@@ -663,3 +664,57 @@ def test_a_matcher_that_drops_a_conjunct_is_refused(
     assert "validat" in (record.reason or "") or "mask" in (record.reason or "")
     with pytest.raises(AssertionError):
         MUTATED.checked(Options(validate=False))
+
+
+def _two_causal_masks(q, k, v):
+    low, row, column = torch.finfo(q.dtype).min, torch.arange(9)[:, None], torch.arange(9)
+    masks = torch.where(column > row, low, 0.0) + torch.where(column < row - 2, low, 0.0)
+    return masks
+
+
+def test_masks_that_are_summed_before_they_are_added_are_taken_apart() -> None:
+    def attention(q, k, v):
+        return torch.softmax(q @ k.mT / 8 + _two_causal_masks(q, k, v), -1) @ v
+
+    q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
+    outcome = run(attention, q, k, v)
+    assert describe(lowered(outcome).site.spec.mask) == "causal & window(3)"
+    torch.testing.assert_close(outcome.result, outcome.eager)
+
+
+def test_summed_masks_beside_a_sink() -> None:
+    def attention(q, k, v, sink):
+        scores = q @ k.mT / 8 + _two_causal_masks(q, k, v)
+        scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(2, -1, 9, 1)], -1)
+        return torch.softmax(scores, -1)[..., :-1] @ v
+
+    q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
+    outcome = run(attention, q, k, v, torch.randn(3))
+    lowered(outcome)
+    torch.testing.assert_close(outcome.result, outcome.eager)
+
+
+def test_summed_masks_that_overflow_in_rows_without_keys_are_refused() -> None:
+    def attention(q, k, v, first, second):
+        low = torch.finfo(q.dtype).min
+        masks = (~first)[:, None, None].float() * low + (~second)[:, None, None].float() * low
+        return torch.softmax(q @ k.mT + masks, -1) @ v
+
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    first, second = (torch.rand(2, 5) > 0.5 for _ in range(2))
+    first[0] = second[0] = False
+    outcome = run(attention, q, k, v, first, second)
+    assert not outcome.sites[0].lowered
+    assert "overflows" in str(outcome.sites[0].reason)
+    torch.testing.assert_close(outcome.result, outcome.eager, equal_nan=True)
+
+
+def test_infinite_score_that_is_no_mask_is_refused() -> None:
+    def attention(q, k, v):
+        scores = torch.tanh(q @ k.mT) * 5
+        return torch.softmax(scores.masked_fill(torch.eye(9, dtype=torch.bool), torch.inf), -1) @ v
+
+    q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
+    outcome = run(attention, q, k, v)
+    assert not outcome.sites[0].lowered
+    torch.testing.assert_close(outcome.result, outcome.eager, equal_nan=True)

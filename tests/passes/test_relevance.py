@@ -161,3 +161,54 @@ def test_projection_inside_an_attention_refuses_it() -> None:
     inputs = (torch.randn(2, LENGTH, WIDTH),)
     outcome = run(Talking(), *inputs)
     assert not any(site.lowered for site in outcome.sites)
+
+
+def relu_of_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = q @ k.mT / 8
+    F.relu(scores, True)
+    return scores.softmax(-1) @ v
+
+
+def relu_of_result(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    result = F.scaled_dot_product_attention(q, k, v)
+    F.relu(result, True)
+    return result
+
+
+def silu_of_values_between(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    v = v + 0
+    scores = q @ k.mT
+    F.silu(v, True)
+    return scores.softmax(-1) @ v + v
+
+
+def relu_of_keys_after_the_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    k = k + 0
+    scores = q @ k.mT
+    F.relu(k, inplace=True)
+    return scores.softmax(-1) @ v + k
+
+
+@pytest.mark.parametrize(
+    "function",
+    [relu_of_scores, relu_of_result, silu_of_values_between, relu_of_keys_after_the_scores],
+)
+def test_activations_in_place_are_seen(function: Callable[..., torch.Tensor]) -> None:
+    inputs = tuple(torch.randn(2, 3, LENGTH, 8) for _ in range(3))
+    assert kept_whole(captured(function, *inputs)) == frozenset()
+    outcome = run(function, *inputs)
+    torch.testing.assert_close(outcome.result, outcome.eager)
+
+
+def test_input_changed_in_place_stays_changed() -> None:
+    def function(
+        x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        F.relu(x, True)
+        return (q @ k.mT).softmax(-1) @ v
+
+    x = -torch.ones(3)
+    run(function, x, *(torch.randn(2, 3, LENGTH, 8) for _ in range(3)))
+    assert not x.any()
