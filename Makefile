@@ -1,8 +1,15 @@
-# make venv    the environment with the tested versions     make demo    the example
-# make test    tests, coverage with its floor               make bench   the measurements
-# make lint    style, types, layers                         make format  style, repaired
+# make venv      .venv with the tested versions and this package, editable
+# make demo      train a small model, read real text three ways, print a table
+# make test      all tests and their coverage; PYTEST_ARGS="-m 'not slow'" for some
+# make bench     speed beside Inductor
+# make lint      style, types and layers, as below
+# make style     ruff: rules and format
+# make types     mypy --strict
+# make layers    imports go one way
+# make format    repair style
+# make clean     remove what building and testing leave; .venv stays
 #
-# Needs python3 (3.10 to 3.13), a C++ compiler and make.
+# Needs python3 (3.10 to 3.13), a C++ compiler, and the network when .venv is made.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,13 +1,26 @@
-"""AdaAttn: an attention compiler as a torch.compile backend.
+"""AdaAttn: an attention compiler as a torch.compile backend, for unmodified models.
 
-    model = torch.compile(model, backend="adaattn")
+    import torch
+    import adaattn_compiler
 
-`explain(model, *inputs)` tells what it does to a model.
+    fast = torch.compile(model, backend="adaattn")  # found by name: no import is needed
+    with torch.no_grad():
+        out = fast(tokens)
+        print(adaattn_compiler.explain(model, tokens))  # what was found, and what became of it
+
+`explain` tells what is done to a model, attention by attention, and why.
+
+`Options` lists what can be set, with `torch.compile(..., options={"measure": False})` or in the
+environment: ADAATTN_ENABLED, ADAATTN_VALIDATE, ADAATTN_MEASURE, ADAATTN_KERNELS,
+ADAATTN_CACHE_DIR, ADAATTN_DUMP_DIR, ADAATTN_ANALYSIS_SECONDS.
+
+TORCH_LOGS="+adaattn_compiler" shows each decision, pass and failure.
 """
 
 from adaattn_compiler.backend import adaattn
-from adaattn_compiler.explain import Explanation, SiteRecord, explain
+from adaattn_compiler.explain import Explanation, explain
 from adaattn_compiler.options import Options
+from adaattn_compiler.records import SiteRecord
 
 __version__ = "0.1.0"
 

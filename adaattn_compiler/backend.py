@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaattn_compiler.explain import records
-from adaattn_compiler.options import Options, parse_options
-from adaattn_compiler.passes.pipeline import Analysis, rewrite
+from adaattn_compiler.options import parse_options
+from adaattn_compiler.passes.pipeline import rewrite
+from adaattn_compiler.records import records
+from adaattn_compiler.report import dump, log_sites
 from adaattn_compiler.runtime.assumptions import Assumptions
 
 log = logging.getLogger("adaattn_compiler")
@@ -34,14 +35,17 @@ def adaattn(
     """Compile one Dynamo graph.
 
     mode and options are those of torch.compile; keys of `Options` are ours, all others Inductor's.
-    Raises ValueError for an unknown option or a bad value.
+    Raises ValueError for an unknown option or a bad value of ours, and what Inductor raises for a
+    mode or a value of its own that it does not take.
     """
     ours, inductors = parse_options(options)
+    _settings(mode, inductors)  # a fault in these is the user's, not one of our graph
     if not ours.enabled:
         return _inductor(graph_module, example_inputs, mode, inductors)
     analysis = rewrite(graph_module, example_inputs, ours)
-    _report(analysis)
-    _dump(graph_module, analysis, ours)
+    sites = records(analysis)
+    log_sites(sites, analysis.failure)
+    dump(graph_module, analysis, sites, ours.dump_dir)
     if analysis.graph_module is None:
         return _inductor(graph_module, example_inputs, mode, inductors)
     original = copy.deepcopy(graph_module) if analysis.assumes else graph_module
@@ -70,13 +74,17 @@ def _inductor(
     options: dict[str, Any],
 ) -> Compiled:
     """What backend="inductor" would do with this graph and these settings."""
-    if mode is not None and options:
-        wrapper = torch._TorchCompileInductorWrapper(mode, None, None)
-        wrapper.apply_options(options)
-    else:
-        wrapper = torch._TorchCompileInductorWrapper(mode, options or None, None)
-    compiled: Compiled = wrapper(graph_module, inputs)
+    compiled: Compiled = _settings(mode, options)(graph_module, inputs)
     return compiled
+
+
+def _settings(mode: str | None, options: dict[str, Any]) -> Any:
+    """torch's own wrapper of Inductor, which checks a mode and options when it is made."""
+    if mode is None or not options:
+        return torch._TorchCompileInductorWrapper(mode, options or None, None)
+    wrapper = torch._TorchCompileInductorWrapper(mode, None, None)
+    wrapper.apply_options(options)
+    return wrapper
 
 
 def _compiled_later(
@@ -89,37 +97,3 @@ def _compiled_later(
 
     compiled: Compiled = torch.compile(graph_module, backend=inductor)
     return compiled
-
-
-def _report(analysis: Analysis) -> None:
-    """One line in the log for each site, and one for a graph that was left alone."""
-    if analysis.failure is not None:
-        log.info("graph left to Inductor: %s", analysis.failure)
-    for site in records(analysis):
-        if site.lowered:
-            log.info(
-                "%s: %s, mask %s -> %s (%s)",
-                site.name,
-                site.spelling,
-                site.mask,
-                site.kernel,
-                site.why,
-            )
-        else:
-            log.info("%s: %s, left to Inductor: %s", site.name, site.spelling, site.reason)
-
-
-def _dump(graph_module: fx.GraphModule, analysis: Analysis, options: Options) -> None:
-    """The graph before and after, where the user asked for it."""
-    if options.dump_dir is None:
-        return
-    try:
-        options.dump_dir.mkdir(parents=True, exist_ok=True)
-        number = len(list(options.dump_dir.glob("graph_*_before.txt")))
-        (options.dump_dir / f"graph_{number}_before.txt").write_text(str(graph_module.graph))
-        if analysis.graph_module is not None:
-            (options.dump_dir / f"graph_{number}_after.txt").write_text(
-                str(analysis.graph_module.graph)
-            )
-    except OSError as error:
-        log.warning("graphs could not be written to %s: %s", options.dump_dir, error)

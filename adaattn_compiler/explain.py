@@ -7,8 +7,10 @@ Inductor, and returns a record for each attention that was seen.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,166 +18,159 @@ import torch
 from torch import fx
 
 from adaattn_compiler.options import parse_options
-from adaattn_compiler.passes.lower import Lowered
-from adaattn_compiler.passes.pipeline import Analysis, rewrite
-from adaattn_compiler.passes.site import Refused
-from adaattn_compiler.predicates import describe
+from adaattn_compiler.passes.pipeline import rewrite
+from adaattn_compiler.records import SiteRecord, numbered, records
+from adaattn_compiler.report import dump, log_sites, table
 
-
-@dataclass(frozen=True)
-class SiteRecord:
-    """One attention.
-
-    name: path of the module it is in; ordinal: its number within that module; kind: "attention";
-    lowered: whether a kernel of ours or a chosen one computes it now; reason: why not, when not;
-    spelling: how the model writes its softmax; mask: in words; kernel: what computes it; decision:
-    how exactly ("exact" without a policy); shape: sizes as captured ("B1 H8 G2 M64 N64 D32").
-    """
-
-    name: str
-    ordinal: int
-    kind: str
-    lowered: bool
-    reason: str | None
-    spelling: str
-    mask: str | None
-    kernel: str | None
-    decision: str | None
-    shape: str | None
-    score: str | None = None
-    why: str | None = None
-    graph: int = 0
+_DISABLED = "AdaAttn is disabled (enabled=False): every graph goes to Inductor"
+_TRAINING = (
+    "analysed for training (gradients are on): under torch.no_grad() other kernels may be chosen"
+)
+_NO_GRAPH = (
+    "torch.compile captured no graph: all that the model calls is disabled for it, or it was "
+    "compiled too often (torch.compiler.reset() forgets that)"
+)
+_SOUGHT = "no attention found (a softmax between two matrix products, or an SDPA call)"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The sites of a model, in order; notes on graphs that were left alone; time of the passes."""
+    """What `explain` found; `print` shows it as a table.
+
+    sites: a record for each attention, in order.
+    notes: on what was analysed, and on graphs that were left alone.
+    graphs: how many graphs were captured.
+    seconds: time of each pass, and under "kernels" of choosing and building them.
+    failed: how many of the graphs could not be analysed (the notes say why).
+    """
 
     sites: tuple[SiteRecord, ...]
     notes: tuple[str, ...] = ()
     graphs: int = 1
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    failed: int = 0
 
     def __str__(self) -> str:
         """An aligned table."""
-        lowered = sum(site.lowered for site in self.sites)
-        head = f"{lowered} of {len(self.sites)} attention sites lowered, {self.graphs} graph(s)"
-        rows = [_HEADER, *(_row(site) for site in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([head, *(lines if self.sites else []), *self.notes])
+        rows = [table(self.sites, self.graphs)] if self.sites else []
+        return "\n".join([self._head(), *rows, *self.notes])
+
+    def _head(self) -> str:
+        graphs = f"{self.graphs} graph{'' if self.graphs == 1 else 's'}"
+        if self.sites:
+            lowered = sum(site.lowered for site in self.sites)
+            return f"{lowered} of {len(self.sites)} attention sites lowered, {graphs}"
+        return f"{_SOUGHT if self.failed < self.graphs else 'nothing was analysed'}, {graphs}"
 
     def to_json(self) -> str:
         """The same, for machines."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-_HEADER = ("site", "spelling", "mask", "shape", "kernel", "decision", "reason")
-
-
-def _row(site: SiteRecord) -> tuple[str, ...]:
-    name = site.name or "(root)"
-    return (
-        f"{name}#{site.ordinal}" if site.ordinal else name,
-        site.spelling,
-        site.mask or "-",
-        site.shape or "-",
-        site.kernel or "inductor",
-        site.decision or "-",
-        site.reason or "",
-    )
-
-
-def records(analysis: Analysis, graph: int = 0) -> tuple[SiteRecord, ...]:
-    """The records of one graph's sites."""
-    counts: dict[str, int] = {}
-    found: list[SiteRecord] = []
-    for result in analysis.results:
-        name = result.site.name if isinstance(result, Lowered) else result.name
-        ordinal = counts.get(name, 0)
-        counts[name] = ordinal + 1
-        found.append(
-            _lowered_record(result, ordinal, graph)
-            if isinstance(result, Lowered)
-            else _refused_record(result, ordinal, graph)
-        )
-    return tuple(found)
-
-
-def _lowered_record(result: Lowered, ordinal: int, graph: int) -> SiteRecord:
-    site, shape = result.site, result.problem.shape
-    batch, rows, columns = shape.hints
-    sizes = f"B{batch} H{shape.heads} G{shape.kv_heads} M{rows} N{columns} D{shape.head_dim}"
-    if shape.value_dim != shape.head_dim:
-        sizes += f" E{shape.value_dim}"
-    return SiteRecord(
-        site.name,
-        ordinal,
-        "attention",
-        True,
-        None,
-        site.spelling,
-        describe(site.spec.mask),
-        result.choice.kernel.name,
-        "exact",
-        sizes,
-        str(site.spec.score),
-        result.choice.why,
-        graph,
-    )
-
-
-def _refused_record(result: Refused, ordinal: int, graph: int) -> SiteRecord:
-    return SiteRecord(
-        result.name,
-        ordinal,
-        "attention",
-        False,
-        result.reason,
-        result.spelling,
-        None,
-        None,
-        None,
-        None,
-        graph=graph,
-    )
-
-
 def explain(
-    model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    **kwargs: Any,
 ) -> Explanation:
-    """Capture and analyse `model(*args, **kwargs)`; runs the model once, uncompiled.
+    """Capture and analyse `model(*args, **kwargs)` without compiling it.
 
-    options: as given to torch.compile. Raises ValueError for an unknown option and what the model
-    itself raises.
+        with torch.no_grad():
+            explanation = explain(model, tokens, options={"kernels": "sdpa"})
+        print(explanation)                             # a table
+        [s.reason for s in explanation.sites if not s.lowered]
+
+    Call it as the model will be called: with gradients on, only kernels with a backward can be
+    chosen.
+
+    The model runs once, uncompiled: what a call changes (counters of BatchNorm, caches, the state
+    of random numbers) it changes here too. Kernels may be measured and built, and the measurements
+    kept in `cache_dir`. What is compiled already stays so (before torch 2.13, which cannot keep
+    compilations apart, `torch.compiler.reset()` is called).
+
+    options, dynamic: as given to torch.compile. Where the model has arguments of these names, wrap
+    it: `explain(lambda x: model(x, dynamic=True), x)`.
+
+    Raises ValueError for an unknown option, and what the model itself raises.
     """
     ours, _ = parse_options(options)
-    found: list[SiteRecord] = []
-    notes: list[str] = []
-    seconds: dict[str, float] = {}
-    graphs = 0
+    if not ours.enabled:
+        return Explanation((), (_DISABLED,), 0)
+    graphs: list[_Graph] = []
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal graphs
         analysis = rewrite(graph_module, inputs, ours)
-        found.extend(records(analysis, graphs))
-        if analysis.failure is not None:
-            notes.append(f"graph {graphs} was left to Inductor: {analysis.failure}")
-        for name, spent in analysis.seconds.items():
-            seconds[name] = seconds.get(name, 0.0) + spent
-        graphs += 1
+        sites = records(analysis, len(graphs))
+        log_sites(sites, analysis.failure)
+        dump(graph_module, analysis, sites, ours.dump_dir)
+        graphs.append(_Graph(sites, analysis.failure, analysis.seconds))
         forward: Callable[..., Any] = graph_module.forward
         return forward
 
-    torch.compiler.reset()
-    try:
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    finally:
+    with _apart() as settings:
+        torch.compile(model, backend=backend, dynamic=dynamic, **settings)(*args, **kwargs)
+    return _explanation(graphs)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What the analysis of one graph said."""
+
+    sites: tuple[SiteRecord, ...]
+    failure: str | None
+    seconds: Mapping[str, float]
+
+
+@contextmanager
+def _apart() -> Iterator[dict[str, Any]]:
+    """Settings of torch.compile under which what is compiled already stays, and is not met.
+
+    Dynamo's memory of sizes is set aside too: otherwise a length that differs from an earlier one
+    would make that dimension dynamic, here and then for the user.
+    """
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
         torch.compiler.reset()
-    return Explanation(tuple(found), tuple(notes), graphs, seconds)
+        try:
+            yield {}
+        finally:
+            torch.compiler.reset()
+        return
+    from torch._dynamo.pgo import get_code_state
+
+    sizes = get_code_state()
+    kept = dict(sizes)
+    sizes.clear()
+    try:
+        yield {"isolate_recompiles": True}
+    finally:
+        sizes.clear()
+        sizes.update(kept)
 
 
-__all__ = ["Explanation", "Refused", "SiteRecord", "explain", "records"]
+def _explanation(graphs: Sequence[_Graph]) -> Explanation:
+    sites = numbered(site for graph in graphs for site in graph.sites)
+    seconds: dict[str, float] = {}
+    for graph in graphs:
+        for name, spent in graph.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent
+    failed = sum(graph.failure is not None for graph in graphs)
+    return Explanation(sites, tuple(_notes(graphs, sites)), len(graphs), seconds, failed)
+
+
+def _notes(graphs: Sequence[_Graph], sites: Sequence[SiteRecord]) -> Iterator[str]:
+    for number, graph in enumerate(graphs):
+        if graph.failure is not None:
+            yield f"graph {number} was left to Inductor: {graph.failure}"
+    if any(site.training for site in sites):
+        yield _TRAINING
+    if not graphs:
+        yield _NO_GRAPH
+    if len(graphs) > 1:
+        yield (
+            f"{len(graphs)} graphs: the model breaks; an attention across a break is not found "
+            '(TORCH_LOGS="graph_breaks" says where and why)'
+        )
+
+
+__all__ = ["Explanation", "SiteRecord", "explain", "records"]

@@ -6,25 +6,35 @@ Keys that are ours are fields of `Options`; all others are Inductor's and are ha
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("adaattn_compiler")
 
 
 @dataclass(frozen=True)
 class Options:
     """Settings of one compilation, frozen once made.
 
-    enabled: False hands every graph to Inductor as it is.
-    validate: run each matched slice against its replacement on small random inputs.
-    measure: let kernels compete on this machine where a guess does not settle it.
-    kernels: names of the kernels that may be chosen.
-    cache_dir: folder of what was measured and built.
-    dump_dir: folder for the graphs before and after, or None.
-    analysis_seconds: the longest that finding and checking the attentions of one graph may take
-    (choosing kernels not counted); after that the graph is Inductor's as it is.
+    Given as `torch.compile(model, backend="adaattn", options={"measure": False})`, or in the
+    environment: `ADAATTN_MEASURE=0`, and so on, each name in capitals (0, 1, true or false for a
+    switch, names with commas between them for kernels; an empty value counts as none). What is
+    given wins over the environment, the environment over the defaults.
+
+    enabled (True): False hands every graph to Inductor as it is.
+    validate (True): run each matched slice against its replacement on small random inputs.
+    measure (True): let kernels compete on this machine where an estimate does not settle it.
+    kernels (all): names of those that may be chosen, as a list or as "sdpa,strips".
+    cache_dir (~/.cache/adaattn): folder in which measurements are kept.
+    dump_dir (None): folder for each graph before and after, as text.
+    analysis_seconds (120): the longest that finding and checking the attentions of one graph may
+    take (choosing kernels not counted); after that Inductor gets the graph as it is.
     """
 
     enabled: bool = True
@@ -41,7 +51,10 @@ class Options:
         return tuple(field.name for field in dataclasses.fields(Options))
 
 
+_SWITCHES = ("enabled", "validate", "measure")
 _KNOWN_KERNELS = ("sdpa", "strips", "flex")
+_PREFIX = "ADAATTN_"
+_BENCHMARKS_PREFIX = "ADAATTN_BENCH_"
 
 
 def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -52,65 +65,84 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
     ours: dict[str, Any] = _from_environment()
     inductors: dict[str, Any] = {}
     for key, value in (given or {}).items():
+        if not isinstance(key, str):
+            raise ValueError(f"option {key!r}: the name of an option must be a string")
         if key in Options.names():
             ours[key] = _checked(key, value)
-        elif _is_inductors(key):
+        elif key.replace("-", "_") in _inductors_names():
             inductors[key] = value
         else:
             raise ValueError(
-                f"unknown option {key!r}: AdaAttn's are {', '.join(Options.names())}; others must "
-                "be options of Inductor (torch._inductor.list_options() lists them)"
+                f"unknown option {key!r}{_nearest(key, (*Options.names(), *_inductors_names()))}: "
+                f"AdaAttn's are {', '.join(Options.names())}; others must be options of Inductor "
+                "(torch._inductor.list_options() lists them)"
             )
     return Options(**ours), inductors
 
 
-def _is_inductors(key: str) -> bool:
+def _inductors_names() -> list[str]:
     from torch._inductor import list_options
 
-    return key.replace("-", "_") in list_options()
+    return list_options()
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a name that is not known, where one is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _from_environment() -> dict[str, Any]:
     """The environment's settings; the only place that reads it."""
+    variables = {_PREFIX + name.upper(): name for name in Options.names()}
     found: dict[str, Any] = {}
-    for name in Options.names():
-        variable = f"ADAATTN_{name.upper()}"
+    for variable, name in variables.items():
         text = os.environ.get(variable)
         if text:
             try:
                 found[name] = _checked(name, _parsed(name, text))
             except ValueError as error:
                 raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
+    ours = [variable for variable in os.environ if variable.startswith(_PREFIX)]
+    for variable in ours:
+        if variable not in variables and not variable.startswith(_BENCHMARKS_PREFIX):
+            _warn_once(variable, tuple(variables))
     return found
 
 
+@functools.cache
+def _warn_once(variable: str, known: tuple[str, ...]) -> None:
+    log.warning(
+        "%s in the environment is not known%s and does nothing: known are %s",
+        variable,
+        _nearest(variable, known),
+        ", ".join(known),
+    )
+
+
 def _parsed(name: str, text: str) -> Any:
-    if name in ("enabled", "validate", "measure"):
+    """The value that a text of the environment stands for."""
+    if name in _SWITCHES:
         words = {"1": True, "true": True, "0": False, "false": False}
         if text.lower() not in words:
-            raise ValueError("it must be 0 or 1")
+            raise ValueError("it must be 1 or true, 0 or false")
         return words[text.lower()]
     if name == "analysis_seconds":
-        return float(text)  # its ValueError names the text
-    if name == "kernels":
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError("it must be a number of seconds above 0") from None
     return text
 
 
 def _checked(key: str, value: Any) -> Any:
     """The value in the field's own type; ValueError where it has another."""
-    if key in ("enabled", "validate", "measure"):
+    if key in _SWITCHES:
         if not isinstance(value, bool):
             raise ValueError(f"option {key}={value!r}: it must be True or False")
         return value
     if key == "kernels":
-        names = (value,) if isinstance(value, str) else value
-        known = ", ".join(_KNOWN_KERNELS)
-        if not isinstance(names, (tuple, list)) or not names:
-            raise ValueError(f"option kernels={value!r}: it must name kernels; known are {known}")
-        if any(name not in _KNOWN_KERNELS for name in names):
-            raise ValueError(f"option kernels={value!r}: known are {known}")
-        return tuple(names)
+        return _checked_kernels(value)
     if key == "analysis_seconds":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"option {key}={value!r}: it must be a number of seconds above 0")
@@ -120,3 +152,17 @@ def _checked(key: str, value: Any) -> Any:
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"option {key}={value!r}: it must be a path")
     return Path(value).expanduser()
+
+
+def _checked_kernels(value: Any) -> tuple[str, ...]:
+    """Names of kernels, from a list or from one text with commas between them."""
+    names = value
+    if isinstance(value, str):
+        names = [name.strip() for name in value.split(",") if name.strip()]
+    known = f"known are {', '.join(_KNOWN_KERNELS)}"
+    if not isinstance(names, (tuple, list)) or not names:
+        raise ValueError(f"option kernels={value!r}: it must name kernels, {known}")
+    for name in names:
+        if name not in _KNOWN_KERNELS:
+            raise ValueError(f"option kernels={value!r}: unknown kernel {name!r}, {known}")
+    return tuple(names)

@@ -191,7 +191,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing for each case")
     parser.add_argument("--json", type=Path, help="write all rounds there")
-    parser.add_argument("--markdown", action="store_true", help="tables for README.md")
+    parser.add_argument("--markdown", action="store_true", help="tables for docs/benchmarks.md")
     parser.add_argument("--list", action="store_true", help="the cases, and no more")
     mkl = parser.add_mutually_exclusive_group()
     mkl.add_argument("--mkl-unlocked", action="store_true", help="see machine.py")

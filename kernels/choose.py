@@ -52,9 +52,9 @@ def kernels() -> tuple[Kernel, ...]:
 
 def choose(problem: Problem, options: Options) -> Choice:
     """The best kernel for a problem; Refusal, with each kernel's reason, where none can take it."""
-    able = _able(problem, options)
+    able, unable = _able(problem, options)
     if len(able) == 1:
-        return _built(able, problem, "the only one that can")
+        return _built(able, problem, f"the only one that can ({'; '.join(unable)})")
     costs = {kernel: kernel.cost(problem) for kernel in able}
     able.sort(key=lambda kernel: costs[kernel])
     ready = [kernel for kernel in able if not kernel.compiles]
@@ -71,7 +71,8 @@ def choose(problem: Problem, options: Options) -> Choice:
     return _fastest(near, problem, options)
 
 
-def _able(problem: Problem, options: Options) -> list[Kernel]:
+def _able(problem: Problem, options: Options) -> tuple[list[Kernel], list[str]]:
+    """The kernels that can take a problem, and why each of the others cannot."""
     reasons: list[str] = []
     able: list[Kernel] = []
     for kernel in kernels():
@@ -86,7 +87,7 @@ def _able(problem: Problem, options: Options) -> list[Kernel]:
             reasons.append(f"{kernel.name}: {reason}")
     if not able:
         raise Refusal("no kernel can take it (" + "; ".join(reasons) + ")")
-    return able
+    return able, reasons
 
 
 def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:

@@ -101,6 +101,9 @@ def compile_flex(
             "cpp_wrapper": False,
             "freezing": False,
             "assert_indirect_indexing": False,
+            # What the template takes anyway, said where Inductor's own caches take it for a part of
+            # the key: code for other threads writes past its scratch.
+            "cpp.threads": torch.get_num_threads(),
         }
         with tracing(TracingContext(sizes.mode)), inductor_config.patch(settings):
             compiled = compile_fx_inner(graph_module, example, is_inference=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,26 @@ def test_unknown_option_is_named_with_the_valid_ones() -> None:
         assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("validat", "validate"), ("kernel", "kernels"), ("max_autotun", "max_autotune")],
+)
+def test_unknown_option_comes_with_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{wrong}' \(did you mean '{right}'\?\)"):
+        parse_options({wrong: True})
+
+
+def test_unknown_option_far_from_all_comes_with_no_guess() -> None:
+    with pytest.raises(ValueError, match="unknown option 'xyzzy': AdaAttn's are"):
+        parse_options({"xyzzy": True})
+
+
+@pytest.mark.parametrize("key", [3, None, ("validate",)])
+def test_name_of_another_type_is_refused(key: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"option {key!r}: ") + ".*must be a string"):
+        parse_options({key: True})
+
+
 @pytest.mark.parametrize("name", _SWITCHES)
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
 def test_switch_takes_only_booleans(name: str, value: Any) -> None:
@@ -81,11 +103,16 @@ def test_switch_takes_only_booleans(name: str, value: Any) -> None:
         parse_options({name: value})
 
 
-@pytest.mark.parametrize("value", [["sdpa", "flax"], "flax", ("flax",)])
+@pytest.mark.parametrize("value", [["sdpa", "flax"], "flax", ("flax",), "sdpa,flax"])
 def test_unknown_kernel_is_named_with_the_known_ones(value: Any) -> None:
-    with pytest.raises(ValueError, match="flax") as caught:
+    wanted = "unknown kernel 'flax', known are sdpa, strips, flex"
+    with pytest.raises(ValueError, match=wanted):
         parse_options({"kernels": value})
-    assert "sdpa" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [["sdpa", "strips"], "sdpa,strips", "sdpa, strips,"])
+def test_kernels_may_be_one_text(value: Any) -> None:
+    assert parse_options({"kernels": value})[0].kernels == ("sdpa", "strips")
 
 
 @pytest.mark.parametrize("value", [3, None, [3], {"sdpa": 1}.items()])
@@ -94,9 +121,10 @@ def test_kernels_of_another_type_are_refused(value: Any) -> None:
         parse_options({"kernels": value})
 
 
-def test_no_kernels_at_all_is_refused() -> None:
+@pytest.mark.parametrize("value", [[], "", " , "])
+def test_no_kernels_at_all_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="option kernels="):
-        parse_options({"kernels": []})
+        parse_options({"kernels": value})
 
 
 @pytest.mark.parametrize("name", ["cache_dir", "dump_dir"])
@@ -151,6 +179,37 @@ def test_bad_value_in_the_environment_names_the_variable(monkeypatch: pytest.Mon
     monkeypatch.setenv("ADAATTN_MEASURE", "maybe")
     with pytest.raises(ValueError, match="ADAATTN_MEASURE='maybe'"):
         parse_options(None)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("ADAATTN_ENABLED", "no", "it must be 1 or true, 0 or false"),
+        ("ADAATTN_ANALYSIS_SECONDS", "abc", "it must be a number of seconds above 0"),
+        ("ADAATTN_ANALYSIS_SECONDS", "-1", "it must be a number of seconds above 0"),
+    ],
+)
+def test_bad_value_in_the_environment_says_what_is_valid(
+    variable: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=f"{variable}='{text}' in the environment: .*{message}"):
+        parse_options(None)
+
+
+def test_unknown_variable_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ADAATTN_KERNAL", "sdpa")
+    monkeypatch.setenv("ADAATTN_BENCH_ANYTHING", "1")
+    with caplog.at_level(logging.WARNING, "adaattn_compiler"):
+        for _ in range(3):
+            assert parse_options(None)[0].kernels == Options().kernels
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "ADAATTN_KERNAL " in message
+    assert "did you mean 'ADAATTN_KERNELS'?" in message
+    for name in Options.names():
+        assert f"ADAATTN_{name.upper()}" in message
 
 
 def test_bad_kernel_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,10 @@ def test_analysis_out_of_time_leaves_the_graph_to_inductor(
             torch.testing.assert_close(compiled(*tensors), attention(*tensors))
     assert not _calls_sdpa(without_inductor[0])
     (message,) = _said(caplog)
-    assert "analysis took longer than 1e-09 s (option analysis_seconds)" in message
+    assert message == (
+        "the graph goes to Inductor as it is: analysis took longer than 1e-09 s (option "
+        "analysis_seconds); raise analysis_seconds to go on for longer"
+    )
 
 
 @pytest.mark.parametrize("stage", ["canonicalize", "match", "validate", "prove_masks"])
@@ -236,6 +239,27 @@ def test_mode_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> Non
     assert patches[-1]["epilogue_fusion"] is False
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"options": {"max_autotune": "yes"}}, "max_autotune"),
+        ({"mode": "foo"}, "foo"),
+        ({"options": {"enabled": False, "max_autotune": "yes"}}, "max_autotune"),
+    ],
+)
+def test_bad_setting_of_inductors_is_not_blamed_on_our_graph(
+    settings: dict[str, Any],
+    named: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "adaattn_compiler"),
+        pytest.raises(Exception, match=named),
+    ):
+        torch.compile(attention, backend="adaattn", **settings)(*inputs())
+    assert not _said(caplog)
+
+
 def test_graphs_are_written_before_and_after(tmp_path: Path, without_inductor: list[Any]) -> None:
     folder = tmp_path / "not" / "there yet"
     compiled = torch.compile(attention, backend="adaattn", options={"dump_dir": folder})
@@ -245,7 +269,22 @@ def test_graphs_are_written_before_and_after(tmp_path: Path, without_inductor: l
     names = sorted(path.name for path in folder.iterdir())
     assert names == [f"graph_{i}_{when}.txt" for i in (0, 1) for when in ("after", "before")]
     assert "softmax" in (folder / "graph_0_before.txt").read_text()
-    assert "scaled_dot_product_attention" in (folder / "graph_0_after.txt").read_text()
+    after = (folder / "graph_0_after.txt").read_text()
+    assert after.splitlines()[1].startswith("# (root)  softmax   causal ")
+    assert "scaled_dot_product_attention" in after
+
+
+def test_graph_that_cannot_be_annotated_is_written_all_the_same(
+    tmp_path: Path, without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, **settings: Any) -> str:
+        if settings == {"print_output": False}:  # Dynamo prints graphs too, otherwise
+            raise RuntimeError("no annotation for this")
+        return ""
+
+    monkeypatch.setattr(torch.fx.GraphModule, "print_readable", fails)
+    torch.compile(attention, backend="adaattn", options={"dump_dir": tmp_path})(*inputs())
+    assert "softmax" in (tmp_path / "graph_0_before.txt").read_text()
 
 
 def test_folder_that_cannot_be_written_is_said_and_does_no_harm(

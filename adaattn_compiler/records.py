@@ -1,0 +1,131 @@
+"""One record for each attention that the passes saw in a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from adaattn_compiler.passes.lower import Lowered
+from adaattn_compiler.passes.pipeline import Analysis
+from adaattn_compiler.passes.site import Refused
+from adaattn_compiler.predicates import describe
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One attention.
+
+    name: path of the module it is in, empty for the model itself.
+    ordinal: its number among those of the same name, from 0.
+    kind: "attention".
+    lowered: whether it was replaced by a kernel that AdaAttn chose; else Inductor has it as it is.
+    reason: why it was not lowered; None where it was.
+    spelling: how the model writes it: "sdpa", "softmax", ...
+    mask: in words: "causal & window(512)", "key padding", "none", ...
+    kernel: what computes it: "sdpa", "strips" or "flex".
+    decision: how exactly it is computed; always "exact" so far.
+    shape: sizes as captured, "B1 H8 G2 M64 N64 D32": batch, query heads, key/value heads, query
+    length, key length, head dimension; E, the head dimension of V, where it differs.
+    score: what is done to the scaled product S of a query and a key before the softmax: "S" alone,
+    "S + Load(0, h, q, k)" (a bias that is the first of the tensors it reads), ...
+    why: how the kernel was chosen: the only one that can, by estimate, or measured, with times.
+    graph: the number of the graph that it is in.
+    where: "file:line" of the model's source, where known.
+    training: whether a gradient flows through it.
+
+    mask, kernel, decision, shape, score and why are None for a site that was not lowered.
+    """
+
+    name: str
+    ordinal: int
+    kind: str
+    lowered: bool
+    reason: str | None
+    spelling: str
+    mask: str | None
+    kernel: str | None
+    decision: str | None
+    shape: str | None
+    score: str | None = None
+    why: str | None = None
+    graph: int = 0
+    where: str | None = None
+    training: bool = False
+
+
+def records(analysis: Analysis, graph: int = 0) -> tuple[SiteRecord, ...]:
+    """The records of one graph's sites."""
+    return numbered(
+        _lowered_record(result, graph)
+        if isinstance(result, Lowered)
+        else _refused_record(result, graph)
+        for result in analysis.results
+    )
+
+
+def numbered(sites: Iterable[SiteRecord]) -> tuple[SiteRecord, ...]:
+    """The records with ordinals that tell those of one name apart."""
+    counts: dict[str, int] = {}
+    found: list[SiteRecord] = []
+    for site in sites:
+        ordinal = counts.get(site.name, 0)
+        counts[site.name] = ordinal + 1
+        found.append(dataclasses.replace(site, ordinal=ordinal))
+    return tuple(found)
+
+
+def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
+    site = result.site
+    return SiteRecord(
+        name=site.name,
+        ordinal=0,
+        kind="attention",
+        lowered=True,
+        reason=None,
+        spelling=site.spelling,
+        mask=describe(site.spec.mask),
+        kernel=result.choice.kernel.name,
+        decision="exact",
+        shape=_sizes(result),
+        score=str(site.spec.score),
+        why=result.choice.why,
+        graph=graph,
+        where=_source(site.anchor),
+        training=site.requires_grad,
+    )
+
+
+def _refused_record(result: Refused, graph: int) -> SiteRecord:
+    return SiteRecord(
+        name=result.name,
+        ordinal=0,
+        kind="attention",
+        lowered=False,
+        reason=result.reason,
+        spelling=result.spelling,
+        mask=None,
+        kernel=None,
+        decision=None,
+        shape=None,
+        graph=graph,
+        where=_source(result.anchor),
+        training=bool(getattr(result.anchor.meta.get("fake"), "requires_grad", False)),
+    )
+
+
+def _sizes(result: Lowered) -> str:
+    shape = result.problem.shape
+    batch, rows, columns = shape.hints
+    text = f"B{batch} H{shape.heads} G{shape.kv_heads} M{rows} N{columns} D{shape.head_dim}"
+    return text if shape.value_dim == shape.head_dim else f"{text} E{shape.value_dim}"
+
+
+def _source(anchor: fx.Node) -> str | None:
+    """The innermost line of the model that Dynamo noted for a node of the view."""
+    trace = anchor.meta.get("origin", anchor).meta.get("stack_trace") or ""
+    lines = re.findall(r'File "(.+?)", line (\d+)', trace)
+    return ":".join(lines[-1]) if lines else None

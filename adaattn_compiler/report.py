@@ -1,0 +1,93 @@
+"""What became of a graph's attentions: as a table, in the log, and as files to read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import fx
+
+from adaattn_compiler.passes.pipeline import Analysis
+from adaattn_compiler.records import SiteRecord
+
+log = logging.getLogger("adaattn_compiler")
+
+_HEADER = ("graph", "site", "spelling", "mask", "shape", "kernel", "decision", "reason")
+
+
+def table(sites: Sequence[SiteRecord], graphs: int = 1) -> str:
+    """Sites in aligned columns; which graph each is in where there are several."""
+    rows = [_HEADER, *(_row(site) for site in sites)]
+    if graphs == 1:
+        rows = [row[1:] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _row(site: SiteRecord) -> tuple[str, ...]:
+    name = site.name or "(root)"
+    return (
+        str(site.graph),
+        f"{name}#{site.ordinal}" if site.ordinal else name,
+        site.spelling,
+        site.mask or "-",
+        site.shape or "-",
+        site.kernel or "inductor",
+        site.decision or "-",
+        _reason(site),
+    )
+
+
+def _reason(site: SiteRecord) -> str:
+    """Why a site was not lowered, and where it is written; empty for one that was."""
+    if site.reason is None:
+        return ""
+    return site.reason if site.where is None else f"{site.reason} [{site.where}]"
+
+
+def log_sites(sites: Sequence[SiteRecord], failure: str | None) -> None:
+    """One line in the log for each site, and one for a graph that was left alone."""
+    if failure is not None:
+        log.info("graph left to Inductor: %s", failure)
+    for site in sites:
+        name = site.name or "(root)"
+        if site.lowered:
+            log.info(
+                "%s: %s, mask %s -> %s (%s)", name, site.spelling, site.mask, site.kernel, site.why
+            )
+        else:
+            log.info("%s: %s, left to Inductor: %s", name, site.spelling, _reason(site))
+
+
+def dump(
+    graph_module: fx.GraphModule,
+    analysis: Analysis,
+    sites: Sequence[SiteRecord],
+    folder: Path | None,
+) -> None:
+    """The graph before and after, where the user asked for it; the latter headed by its sites."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob("graph_*_before.txt")))
+        (folder / f"graph_{number}_before.txt").write_text(_readable(graph_module))
+        if analysis.graph_module is not None:
+            head = "".join(f"# {line}\n" for line in table(sites).splitlines())
+            text = f"{head}\n{_readable(analysis.graph_module)}"
+            (folder / f"graph_{number}_after.txt").write_text(text)
+    except OSError as error:
+        log.warning("graphs could not be written to %s: %s", folder, error)
+
+
+def _readable(graph_module: fx.GraphModule) -> str:
+    """The graph as Python, with shapes and the lines of the model that it came from."""
+    try:
+        return graph_module.print_readable(print_output=False)
+    except Exception as error:  # torch's printer, on a graph that it cannot annotate
+        log.debug("a graph is written without annotations: %r", error)
+        return str(graph_module.graph)
