@@ -27,18 +27,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaattn_compiler.passes.deadline import NO_DEADLINE, Deadline
-from adaattn_compiler.passes.relevance import kept_whole
+from adaattn_compiler.passes.relevance import SDPA, kept_whole
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
-
-SDPA_TARGETS: frozenset[Any] = frozenset(
-    {
-        torch.nn.functional.scaled_dot_product_attention,
-        torch._C._nn.scaled_dot_product_attention,
-        aten.scaled_dot_product_attention.default,
-    }
-)
 
 
 def opaque(*inputs: Any) -> Any:
@@ -358,7 +350,7 @@ class _RecordingInterpreter(fx.Interpreter):
             (outputs,) = self.fetch_args_kwargs_from_env(n)[0]
             recorder.results = list(_view_nodes(recorder.nodes(outputs)))
             return super().run_node(n)
-        elif n.op == "call_function" and n.target in SDPA_TARGETS:
+        elif n.op == "call_function" and n.target in SDPA:
             result = self._whole(n, aten.scaled_dot_product_attention.default)
         elif isinstance(n.target, torch._ops.HigherOrderOperator):
             result, call = self._opaque(n)

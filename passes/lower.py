@@ -27,7 +27,7 @@ from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
 from adaattn_compiler.passes.protect import protect
 from adaattn_compiler.passes.resample import distance_vector
 from adaattn_compiler.passes.site import Refused, SideTensor, Site
-from adaattn_compiler.passes.slices import size_hint
+from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.passes.views import Access, input_access
 from adaattn_compiler.spec import Refusal
 
@@ -160,7 +160,8 @@ def _side_shape(side: SideTensor, site: Site) -> tuple[int, ...]:
     if side.distance is None:
         return tuple(size_hint(size, site.fake) for size in meta_of(side.node).shape)
     sizes = site.sizes
-    return size_hint(sizes["H"], site.fake), size_hint(sizes["M"] + sizes["N"] - 1, site.fake)
+    sizes_of = (sizes["H"], sizes["M"] + sizes["N"] - 1)
+    return tuple(size_hint(size, site.fake) for size in sizes_of)
 
 
 def _call(

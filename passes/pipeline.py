@@ -29,6 +29,7 @@ from adaattn_compiler.passes.lower import Lowered, lower
 from adaattn_compiler.passes.match import match
 from adaattn_compiler.passes.prove import prove_masks
 from adaattn_compiler.passes.site import Refused
+from adaattn_compiler.passes.symbols import settle, settle_sdpa, symbols_to_settle
 from adaattn_compiler.passes.uses import check_uses
 from adaattn_compiler.passes.validate import validate
 from adaattn_compiler.spec import Refusal
@@ -65,8 +66,12 @@ def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Option
     try:
         expanded = timer("expand", expand, graph_module)
         bodies = timer("bodies", rewrite_bodies, expanded, inputs, rewrite_body)
+        timer("symbols", settle_sdpa, expanded.graph)
         view = timer("canonicalize", canonicalize, expanded, inputs, deadline)
         found = timer("match", match, view)
+        if settle(expanded.graph, symbols_to_settle(found)):
+            view = timer("canonicalize", canonicalize, expanded, inputs, deadline)
+            found = timer("match", match, view)
         found = timer("uses", check_uses, view, found)
         found = timer("gradients", check_gradients, view, found)
         if options.validate:
@@ -109,5 +114,5 @@ class _Timer:
         try:
             return stage(*args)
         finally:
-            self.seconds[name] = time.perf_counter() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
             log.debug("pass %s: %.1f ms", name, 1e3 * self.seconds[name])

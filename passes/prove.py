@@ -19,7 +19,8 @@ from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Axis, Index
 from adaattn_compiler.passes.site import Refused, Site
-from adaattn_compiler.passes.slices import Resizing, random_values, size_hint, slice_to
+from adaattn_compiler.passes.slices import Resizing, random_values, slice_to
+from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.passes.views import Access
 from adaattn_compiler.spec import Load, b, h, k, q
 

@@ -63,8 +63,12 @@ _ARITHMETIC: frozenset[Any] = frozenset(
 )
 _POWERS: frozenset[Any] = frozenset({torch.pow, operator.pow, "pow"})
 _PRODUCTS: frozenset[Any] = frozenset({operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"})
-_SDPA: frozenset[Any] = frozenset(
-    {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
+SDPA: frozenset[Any] = frozenset(
+    {
+        F.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
 )
 _IN_PLACE: frozenset[Any] = frozenset(
     getattr(operator, name)
@@ -109,7 +113,7 @@ def _is_whole(node: fx.Node, need: _Need) -> bool:
 
 def _needed(node: fx.Node, need: _Need, above: fx.Node, bare: frozenset[fx.Node]) -> _Need:
     """What a node that is looked into needs of one that it reads."""
-    if node.target in _SDPA:
+    if node.target in SDPA:
         return _Need.OPERAND if above in node.args[:3] and above not in node.args[3:] else _Need.ALL
     if node.target in _PRODUCTS:
         return _Need.OPERAND if above in bare else _Need.ALL

@@ -20,26 +20,10 @@ from adaattn_compiler.passes.canonicalize import (
 )
 from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index
 from adaattn_compiler.passes.site import Site
+from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
-
-
-def size_hint(size: sympy.Expr, fake: Any) -> Any:
-    """The value that a symbolic size or number had when it was captured; adds no guard.
-
-    fake: a tensor whose shape environment knows it. ValueError where that was not known.
-    """
-    if not size.free_symbols:
-        return int(size) if size.is_Integer else float(size)
-    shape_env = fake.fake_mode.shape_env
-    values = getattr(shape_env, "backed_var_to_val", None)
-    if values is None:  # torch 2.11
-        values = shape_env.var_to_val
-    value = size.subs(values)
-    if value.free_symbols:
-        raise ValueError(f"{size} was not known when it was captured")
-    return int(value) if value.is_Integer else float(value)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Index
 from adaattn_compiler.passes.site import Operand, Refused, Site
-from adaattn_compiler.passes.slices import Resizing, Slice, random_values, size_hint, slice_above
+from adaattn_compiler.passes.slices import Resizing, Slice, random_values, slice_above
+from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.spec import Refusal
 
 # Scores up to this many are computed as they are; more are made fewer by shorter lengths.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from check import assert_as_accurate, in_float64
 from families import attended, bert, gpt2, llama, output, t5, tokens
 from torch import fx
@@ -230,3 +232,78 @@ def test_inductor_compiles_once_for_every_length() -> None:
             inputs = _embedded(length, 2)
             ours, eager = compiled(**inputs), model(**inputs)
             assert_as_accurate(ours, eager, in_float64(model)(**in_float64(inputs)))
+
+
+# -- functions of q, k, v, every size of which is a symbol -----------------------------------------
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))).softmax(-1) @ v
+
+
+def causal_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    above = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
+    return scores.masked_fill(above, -torch.inf).softmax(-1) @ v
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def sdpa_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+
+FUNCTIONS = (by_hand, causal_by_hand, sdpa, sdpa_causal)
+Function = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _random(batch: int, length: int, heads: int = 4, dim: int = 16) -> list[torch.Tensor]:
+    return [torch.randn(batch, heads, length, dim) for _ in range(3)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("marked", [False, True], ids=["dynamic", "marked"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_tensors_of_unknown_sizes_keep_their_site(function: Function, marked: bool) -> None:
+    backend = CountingBackend()
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend=backend, dynamic=None if marked else True)
+    for batch, length in ((2, 37), (3, 65), (5, 9)):
+        tensors = _random(batch, length)
+        if marked:
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, 0)
+                torch._dynamo.mark_dynamic(tensor, 2)
+        torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    assert [[site.lowered for site in sites] for sites in backend.sites] == [[True]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_other_heads_are_compiled_for_themselves(function: Function) -> None:
+    """Heads and head dimension are guards: right for any, and lowered for each."""
+    backend = CountingBackend()
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    for heads, dim in ((4, 16), (6, 16), (4, 24)):
+        tensors = _random(2, 37, heads, dim)
+        torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    assert [[site.lowered for site in sites] for sites in backend.sites] == [[True]] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_heads_that_are_marked_as_dynamic_stay_so(function: Function) -> None:
+    """They cannot become numbers: refused, and no error of torch's about the mark."""
+    backend = CountingBackend()
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend=backend)
+    for heads in (4, 6):
+        tensors = _random(2, 37, heads)
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 1)
+        torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    assert len(backend.sites) == 1
+    assert [site.reason for site in backend.sites[0]] != [None]

@@ -334,6 +334,9 @@ def test_encoder_with_gradients_is_lowered(train: bool, masks: str) -> None:
     _assert_gradients(model, [torch.randn(2, 6, E)], _encoder_masks()[masks])
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="it captures no graph of this, ours or another's"
+)
 @pytest.mark.parametrize("masks", ["none", "padding"])
 def test_fused_encoder_layer_with_dynamic_shapes(masks: str) -> None:
     model = _encoder(False, "relu", 1).eval()
