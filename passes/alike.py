@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from adaattn_compiler.passes.assemble import module_path
-from adaattn_compiler.passes.canonicalize import (
+from adaattn_compiler.passes.canonical_view import (
     CanonicalView,
     getitem,
     opaque,

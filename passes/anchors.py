@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
-from adaattn_compiler.passes.canonicalize import getitem, meta_of
+from adaattn_compiler.passes.canonical_view import getitem, meta_of
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access
 from adaattn_compiler.spec import Refusal

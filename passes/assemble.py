@@ -13,7 +13,7 @@ import sympy
 from torch import fx
 
 from adaattn_compiler.passes.axes import AttentionAxes, attention_axes
-from adaattn_compiler.passes.canonicalize import origin_of
+from adaattn_compiler.passes.canonical_view import origin_of
 from adaattn_compiler.passes.contraction import Spine
 from adaattn_compiler.passes.expressions import RowStatistic
 from adaattn_compiler.passes.index_map import Axis, Digit, Index, NotAffine

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from adaattn_compiler.passes.canonicalize import origin_of, undisturbed
+from adaattn_compiler.passes.canonical_view import origin_of
+from adaattn_compiler.passes.canonicalize import undisturbed
 from adaattn_compiler.passes.expand import copied, fake_mode_of, replayed, with_graph
 from adaattn_compiler.passes.lower import Lowered
 from adaattn_compiler.passes.site import Refused

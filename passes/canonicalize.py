@@ -17,101 +17,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaattn_compiler.passes.canonical_view import (
+    CanonicalView,
+    TensorMeta,
+    getitem,
+    live_nodes,
+    opaque,
+    origin_of,
+    overwritten,
+    size_expr,
+)
 from adaattn_compiler.passes.deadline import NO_DEADLINE, Deadline
 from adaattn_compiler.passes.relevance import SDPA, kept_whole
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
-
-
-def opaque(*inputs: Any) -> Any:
-    """Stands in the view for a call that is not looked into."""
-    raise NotImplementedError("opaque nodes are never run")
-
-
-def overwritten(*inputs: Any) -> Any:
-    """Stands in the view for a tensor that an in-place op changed through an alias."""
-    raise NotImplementedError("overwritten nodes are never run")
-
-
-@dataclass(frozen=True)
-class TensorMeta:
-    """What the analysis needs to know of a tensor; sizes are sympy expressions."""
-
-    shape: tuple[sympy.Expr, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def rank(self) -> int:
-        return len(self.shape)
-
-
-@dataclass(frozen=True)
-class CanonicalView:
-    """A functional ATen graph, and how its nodes and those of the Dynamo graph correspond.
-
-    values: Dynamo node -> the view's node for its result, or a (nested) tuple of such.
-    known: view node -> the first Dynamo node whose result it is.
-    read_until: view node -> the Dynamo node that overwrites its storage (it must be read before).
-    constants: view node -> its value, for tensors made from Python data in the graph.
-    live: the nodes that the outputs and effects need; effects: the calls that change an input, or
-    return nothing (assertions).
-    buffers: nodes that are module buffers: which of the graph's inputs, and its value now.
-    deadline: by when the analysis of the graph must be done.
-    """
-
-    graph: fx.Graph
-    values: dict[fx.Node, Any]
-    known: dict[fx.Node, fx.Node]
-    read_until: dict[fx.Node, fx.Node]
-    constants: dict[fx.Node, torch.Tensor]
-    live: frozenset[fx.Node]
-    effects: frozenset[fx.Node]
-    buffers: dict[fx.Node, tuple[int, torch.Tensor]]
-    deadline: Deadline
-
-    def live_without(self, bridges: dict[fx.Node, tuple[fx.Node, ...]]) -> frozenset[fx.Node]:
-        """The nodes still needed when each bridged node is computed from the given ones instead."""
-        return _live(self.graph, self.effects, bridges)
-
-
-def meta_of(node: fx.Node) -> TensorMeta:
-    """The tensor that a view node stands for; Refusal where it is not one tensor."""
-    meta = node.meta.get("tensor")
-    if not isinstance(meta, TensorMeta):
-        raise Refusal("a value that is not a tensor", node)
-    return meta
-
-
-def origin_of(node: fx.Node) -> fx.Node:
-    """The Dynamo node that a view node came from."""
-    origin: fx.Node = node.meta["origin"]
-    return origin
-
-
-def call_name(node: fx.Node) -> str:
-    """What a view node's call is called in messages."""
-    target = origin_of(node).target if node.target is opaque else node.target
-    if isinstance(target, (str, torch._ops.OpOverload)):
-        return str(target)
-    return str(getattr(target, "__name__", target))
-
-
-def size_expr(size: Any) -> sympy.Expr:
-    """A Python or symbolic integer as a sympy expression."""
-    if isinstance(size, torch.SymInt):
-        return size.node.expr
-    return sympy.sympify(size)
 
 
 def canonicalize(
@@ -321,7 +248,7 @@ class _Recorder(TorchDispatchMode):
             known,
             self.read_until,
             self.constants,
-            _live(self.graph, effects, {}),
+            live_nodes(self.graph, effects, {}),
             effects,
             {
                 node: buffers[origin_of(node).name]
@@ -398,11 +325,6 @@ class _RecordingInterpreter(fx.Interpreter):
         return result, self.recorder.record(opaque, self.recorder.nodes(inputs), {}, result)
 
 
-def getitem(sequence: Any, position: int) -> Any:
-    """Item of a result that is a tuple, as the view has it."""
-    return sequence[position]
-
-
 def _is_fake(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "fake_mode")
 
@@ -432,20 +354,6 @@ def _view_nodes(tree: Any) -> Iterator[fx.Node]:
     elif isinstance(tree, (tuple, list)):
         for item in tree:
             yield from _view_nodes(item)
-
-
-def _live(
-    graph: fx.Graph, effects: frozenset[fx.Node], bridges: dict[fx.Node, tuple[fx.Node, ...]]
-) -> frozenset[fx.Node]:
-    """The nodes that the outputs and effects depend on, a bridged node on others than its own."""
-    pending = [*graph.find_nodes(op="output"), *effects]
-    live: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in live:
-            live.add(node)
-            pending.extend(bridges.get(node, node.all_input_nodes))
-    return frozenset(live)
 
 
 def _written_tensors(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
-from adaattn_compiler.passes.canonicalize import meta_of
+from adaattn_compiler.passes.canonical_view import meta_of
 from adaattn_compiler.passes.element_ops import POINTWISE, SCORE_OPS
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access, is_view

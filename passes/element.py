@@ -22,7 +22,7 @@ from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.buffers import as_expression
-from adaattn_compiler.passes.canonicalize import CanonicalView, getitem, meta_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, getitem, meta_of
 from adaattn_compiler.passes.element_ops import READERS, item_element
 from adaattn_compiler.passes.expressions import (
     Trunc,

@@ -16,7 +16,7 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
-from adaattn_compiler.passes.canonicalize import meta_of
+from adaattn_compiler.passes.canonical_view import meta_of
 from adaattn_compiler.passes.expressions import (
     INEXACT,
     RowStatistic,

@@ -20,7 +20,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from adaattn_compiler.kernels.problem import Sizes
 from adaattn_compiler.passes.axes import atoms_of, within
-from adaattn_compiler.passes.canonicalize import (
+from adaattn_compiler.passes.canonical_view import (
     CanonicalView,
     getitem,
     meta_of,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from adaattn_compiler.passes.canonicalize import CanonicalView, getitem
+from adaattn_compiler.passes.canonical_view import CanonicalView, getitem
 from adaattn_compiler.passes.site import Refused, Site
 from adaattn_compiler.passes.slices import slice_above
 from adaattn_compiler.spec import Refusal

@@ -21,7 +21,7 @@ from adaattn_compiler.kernels.choose import Choice, choose
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions, rank_of
 from adaattn_compiler.kernels.problem import Problem, Shape, Sizes
 from adaattn_compiler.options import Options
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origin_of
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
 from adaattn_compiler.passes.protect import protect

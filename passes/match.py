@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.alike import Matched
-from adaattn_compiler.passes.canonicalize import CanonicalView
+from adaattn_compiler.passes.canonical_view import CanonicalView
 from adaattn_compiler.passes.contraction import is_contraction
 from adaattn_compiler.passes.match_product import product_site
 from adaattn_compiler.passes.match_sdpa import sdpa_site

@@ -25,7 +25,7 @@ from adaattn_compiler.passes.assemble import (
     operand_targets,
 )
 from adaattn_compiler.passes.axes import AttentionAxes
-from adaattn_compiler.passes.canonicalize import CanonicalView, call_name, meta_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, call_name, meta_of
 from adaattn_compiler.passes.contraction import (
     Contraction,
     contraction_at,

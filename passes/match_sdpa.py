@@ -21,7 +21,7 @@ from adaattn_compiler.passes.assemble import (
     operand_targets,
 )
 from adaattn_compiler.passes.axes import AttentionAxes
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of
 from adaattn_compiler.passes.expressions import as_number
 from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index, NotAffine
 from adaattn_compiler.passes.operands import chosen_operand, operand_chain

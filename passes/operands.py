@@ -18,7 +18,7 @@ from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.axes import AttentionAxes
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import ONE, Index, NotAffine
 from adaattn_compiler.passes.site import Operand
 from adaattn_compiler.passes.views import Access, broadcast_access, input_access

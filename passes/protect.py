@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origin_of
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.spec import Refusal
 

@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Axis, Index
+from adaattn_compiler.passes.resizing import Resizing
 from adaattn_compiler.passes.site import Refused, Site
-from adaattn_compiler.passes.slices import Resizing, random_values, slice_to
+from adaattn_compiler.passes.slices import random_values, slice_to
 from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.passes.views import Access
 from adaattn_compiler.spec import Load, b, h, k, q

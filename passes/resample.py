@@ -18,7 +18,7 @@ from adaattn_compiler.kernels.evaluate import arange, evaluate
 from adaattn_compiler.kernels.problem import Sizes
 from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.axes import AttentionAxes
-from adaattn_compiler.passes.canonicalize import meta_of
+from adaattn_compiler.passes.canonical_view import meta_of
 from adaattn_compiler.passes.element_ops import POINTWISE
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Index, NotAffine

@@ -18,7 +18,7 @@ from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.axes import AttentionAxes
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of, origin_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origin_of
 from adaattn_compiler.passes.contraction import Contraction, Spine
 from adaattn_compiler.passes.element import ElementReader
 from adaattn_compiler.passes.expressions import (

@@ -9,7 +9,7 @@ from torch import fx
 
 from adaattn_compiler.passes.anchors import SOFTMAXES
 from adaattn_compiler.passes.assemble import module_path
-from adaattn_compiler.passes.canonicalize import CanonicalView, call_name
+from adaattn_compiler.passes.canonical_view import CanonicalView, call_name
 from adaattn_compiler.passes.contraction import is_contraction, obstacle
 from adaattn_compiler.passes.site import Refused
 from adaattn_compiler.passes.views import is_view

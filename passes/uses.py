@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from adaattn_compiler.passes.canonicalize import CanonicalView
+from adaattn_compiler.passes.canonical_view import CanonicalView
 from adaattn_compiler.passes.site import Refused, Site
 
 

@@ -21,10 +21,11 @@ from torch import fx
 
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.kernels.reference import reference_attention
-from adaattn_compiler.passes.canonicalize import CanonicalView, meta_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Index
+from adaattn_compiler.passes.resizing import Resizing
 from adaattn_compiler.passes.site import Operand, Refused, Site
-from adaattn_compiler.passes.slices import Resizing, Slice, random_values, slice_above
+from adaattn_compiler.passes.slices import Slice, random_values, slice_above
 from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.spec import Refusal
 

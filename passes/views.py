@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments, wrapped_dim
-from adaattn_compiler.passes.canonicalize import getitem, meta_of, size_expr
+from adaattn_compiler.passes.canonical_view import getitem, meta_of, size_expr
 from adaattn_compiler.passes.index_map import Index, NotAffine, divide, is_less, reshaped
 
 aten = torch.ops.aten
