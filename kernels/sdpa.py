@@ -38,6 +38,8 @@ class SdpaKernel:
         spec = problem.spec
         if spec.sink is not None:
             return "SDPA has no sinks"
+        if problem.requires_grad and _fills_rows(spec):
+            return "the gradient of a row without a key, filled with a number, is another"
         if spec.bias is None:
             return "SDPA has no score function but a sum"
         return None
@@ -73,9 +75,24 @@ class SdpaKernel:
                 scale=spec.scale,
                 enable_gqa=spec.group > 1,
             )
-            return out if empty is None else torch.where(empty, float("nan"), out)
+            if empty is None:
+                return out
+            if problem.requires_grad:  # a product, so that its gradient is NaN as well
+                return out * torch.where(empty, float("nan"), 1.0).to(problem.dtype)
+            return torch.where(empty, float("nan"), out)
 
         return attention
+
+
+# Beyond this a row's log-sum-exp, from which SDPA's backward starts, keeps nothing of the sum.
+_MOST_FOR_BACKWARD = 2e4
+
+
+def _fills_rows(spec: AttentionSpec) -> bool:
+    """Whether a row may be filled with a number so low that its scores and their sum are lost."""
+    if spec.empty_row is EmptyRow.UNIFORM:
+        return True
+    return any(abs(number) > _MOST_FOR_BACKWARD for number in spec.score.atoms(sympy.Number))
 
 
 def _rows_are_safe(spec: AttentionSpec) -> bool:

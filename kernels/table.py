@@ -31,7 +31,8 @@ class MeasurementTable:
         """The times under a key; None where there are none that can be read."""
         try:
             times = json.loads((self._folder / f"{key}.json").read_text())
-            return {str(name): float(seconds) for name, seconds in times.items()}
+            found = {str(name): float(seconds) for name, seconds in times.items()}
+            return found if all(0 < t < float("inf") for t in found.values()) else None
         except (OSError, ValueError, AttributeError, TypeError):
             return None
 

@@ -117,8 +117,8 @@ def assembled(
     requires_grad = bool(output.meta["fake"].requires_grad)
     if parts.finite and reader.may_mask:
         raise Refusal("a mask of finite numbers beside a bias that may be as low", fields["anchor"])
-    if requires_grad and parts.filled and parts.empty_row is EmptyRow.UNIFORM:
-        raise Refusal("rows without a key filled with a number, whose gradient stops there", output)
+    if requires_grad and reader.may_mask and not zero_rows:
+        raise Refusal("a bias that may be a mask, in training (SDPA's gradient differs)", output)
     numbered = reader.numbered(
         (parts.score, normalized(parts.mask), sink, parts.factor, *(e for _, e in readings))
     )

@@ -49,7 +49,7 @@ def canonicalize(
     real: the graph's example inputs, of which those that are module buffers are kept with the view.
     Raises whatever the run raises; the caller then leaves the graph alone.
     """
-    recorder = _Recorder(deadline)
+    recorder = _Recorder(deadline, _is_differentiable(graph_module.graph))
     interpreter = _RecordingInterpreter(graph_module, recorder)
     inputs = [
         node.meta.get("example_value")
@@ -66,6 +66,27 @@ def canonicalize(
     with undisturbed(fake_mode), fake_mode, recorder:
         interpreter.run(*inputs)
     return recorder.finish(_buffers(graph_module.graph, real))
+
+
+def _is_differentiable(graph: fx.Graph) -> bool:
+    """Whether anything in a graph is computed with gradients on."""
+    return torch.is_grad_enabled() or any(
+        node.target is torch._C._set_grad_enabled and node.args == (True,) for node in graph.nodes
+    )
+
+
+def _stops_gradient(node: fx.Node) -> bool:
+    """Whether a floating-point result has no gradient though something that it is of has one."""
+    result = node.meta.get("fake")
+    if not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
+        return False
+    above = node.all_input_nodes
+    if node.target is getitem:
+        above = above[0].all_input_nodes
+    # A fake view that was made without grad says even so that it requires it.
+    return (not result.requires_grad or not node.meta["grad"]) and any(
+        fake.requires_grad for n in above if isinstance(fake := n.meta.get("fake"), torch.Tensor)
+    )
 
 
 def _buffers(graph: fx.Graph, real: Sequence[Any]) -> dict[str, tuple[int, torch.Tensor]]:
@@ -101,9 +122,10 @@ def undisturbed(fake_mode: Any) -> Iterator[None]:
 class _Recorder(TorchDispatchMode):
     """Writes down ATen calls as nodes of a functional graph."""
 
-    def __init__(self, deadline: Deadline) -> None:
+    def __init__(self, deadline: Deadline, differentiable: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.deadline = deadline
+        self.differentiable = differentiable
         self.graph = fx.Graph()
         self.origin: fx.Node | None = None
         self.paused = False
@@ -241,6 +263,8 @@ class _Recorder(TorchDispatchMode):
             if isinstance(value, fx.Node):
                 known.setdefault(value, dynamo_node)
         self.graph.output(tuple(self.results))
+        for node in self.graph.nodes:  # known only now: autograd sees to it after each call
+            node.meta["stops"] = self.differentiable and _stops_gradient(node)
         effects = frozenset(self.effects)
         return CanonicalView(
             self.graph,

@@ -56,13 +56,7 @@ def _reason(view: CanonicalView, site: Site) -> str | None:
 
 def _stops(node: fx.Node) -> bool:
     """Whether a differentiable call has an input with a gradient and a result without."""
-    if node.target in _FORMED or _is_maximum(node):
-        return False
-    return (
-        _is_floating(node)
-        and not _requires_grad(node)
-        and any(_requires_grad(above) for above in node.all_input_nodes)
-    )
+    return bool(node.meta["stops"]) and node.target not in _FORMED and not _is_maximum(node)
 
 
 def _is_maximum(node: fx.Node) -> bool:
@@ -72,12 +66,3 @@ def _is_maximum(node: fx.Node) -> bool:
             return True
         node = node.all_input_nodes[0]
     return False
-
-
-def _is_floating(node: fx.Node) -> bool:
-    fake = node.meta.get("fake")
-    return isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point
-
-
-def _requires_grad(node: fx.Node) -> bool:
-    return _is_floating(node) and bool(node.meta["fake"].requires_grad)

@@ -25,6 +25,7 @@ from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origi
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
 from adaattn_compiler.passes.protect import protect
+from adaattn_compiler.passes.relevance import writes
 from adaattn_compiler.passes.resample import distance_vector
 from adaattn_compiler.passes.site import Refused, SideTensor, Site
 from adaattn_compiler.passes.symbols import size_hint
@@ -104,6 +105,8 @@ def _lowered(
     emitter = Emitter(view, tracer, copies, before)
     shared = dict(memo)
     try:
+        if writes(before):
+            raise Refusal("a product whose call also writes it somewhere", site.output)
         problem = problem_of(site)
         begin = time.perf_counter()
         choice = choose(problem, options)

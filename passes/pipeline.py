@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from adaattn_compiler.options import Options
@@ -57,6 +58,16 @@ class Analysis:
 
 def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Analysis:
     """Find and lower the attentions of a Dynamo graph. Never raises."""
+    # What the passes run on fake tensors is not the user's to save (checkpointing counts it).
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        return _rewritten(graph_module, inputs, options)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Analysis:
     timer = _Timer()
     deadline = Deadline.after(options.analysis_seconds)
 

@@ -86,7 +86,7 @@ class _Need(enum.IntEnum):
 
 def kept_whole(graph: fx.Graph) -> frozenset[fx.Node]:
     """The calls of a Dynamo graph that may be one node of the view; see the module's docstring."""
-    if any(_writes(node) for node in graph.nodes):
+    if any(writes(node) for node in graph.nodes):
         return frozenset()
     bare = _bare(graph)
     needs: dict[fx.Node, _Need] = {}
@@ -180,7 +180,7 @@ def _place_of_inplace(function: Any) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether a call may change a tensor that it is given."""
     if node.op == "call_module":
         return True

@@ -32,9 +32,12 @@ class Access:
 def input_access(access: Access) -> Access | None:
     """The same element in the input of a view, copy or cast; None for any other op.
 
-    Raises NotAffine where the op is a view whose map is not affine at this index.
+    Raises NotAffine where the op is a view whose map is not affine at this index, or one at which
+    a gradient stops.
     """
     node = access.node
+    if node.meta.get("stops") and is_view(node):
+        raise NotAffine("a tensor whose gradient stops here")
     if node.target is getitem:
         return _part_access(access)
     rule = _RULES.get(node.target)
@@ -75,14 +78,6 @@ def broadcast_access(access: Access, source: fx.Node) -> Access:
             for position, size, out in zip(aligned, shape, out_shape, strict=True)
         ),
     )
-
-
-def _detached(access: Access, named: dict[str, Any]) -> Access:
-    """A view, but for gradients, which stop here."""
-    fake = named["self"].meta.get("fake")
-    if fake is not None and fake.requires_grad:
-        raise NotAffine("a tensor whose gradient stops here")
-    return _same_index(access, named)
 
 
 def _expand(access: Access, named: dict[str, Any]) -> Access:
@@ -285,7 +280,7 @@ _RULES: dict[Any, _Rule] = {
     aten.clone.default: _same_index,
     aten.contiguous.default: _same_index,
     aten.alias.default: _same_index,
-    aten.detach.default: _detached,
+    aten.detach.default: _same_index,
     aten.lift_fresh.default: _same_index,
     aten._to_copy.default: _same_index,
 }

@@ -265,3 +265,20 @@ def test_product_that_adds_to_something_is_refused_with_its_reason() -> None:
     outcome = run(added, *(_random(2, 9, 8) for _ in range(4)))
     assert [site.lowered for site in outcome.sites] == [False]
     assert "something is added" in str(outcome.sites[0].reason)
+
+
+@pytest.mark.parametrize("place", ["scores", "weights", "result"])
+def test_products_that_are_written_to_a_given_tensor(place: str) -> None:
+    def written(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        scores = torch.matmul(q, k.mT, out=out) if place == "scores" else q @ k.mT
+        weights = torch.softmax(scores, -1, out=out) if place == "weights" else scores.softmax(-1)
+        return torch.matmul(weights, v, out=out) if place == "result" else weights @ v
+
+    tensors = [_random(2, 4, 8, 8) for _ in range(3)]
+    buffers = [torch.zeros(2, 4, 8, 8) for _ in range(2)]
+    eager = written(*tensors, buffers[0])
+    ours = compiled_without_inductor(written, Options(), [])(*tensors, buffers[1])
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(buffers[1], buffers[0])

@@ -101,3 +101,12 @@ def test_kernel_that_fails_on_random_data_is_left_out(monkeypatch: pytest.Monkey
     works = measure._works
     monkeypatch.setattr(measure, "_works", lambda name, call: name != "sdpa" and works(name, call))
     assert set(measure.measured(module.kernels()[:2], problem(64)).times) == {"strips"}
+
+
+@pytest.mark.parametrize("text", ['{"sdpa": NaN}', '{"sdpa": -1, "strips": 1}', '{"sdpa": 1e999}'])
+def test_times_that_are_none_are_measured_again(text: str, clock: Clock, tmp_path: Path) -> None:
+    choose(problem(), options(tmp_path))
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(text)
+    assert choose(problem(), options(tmp_path)).kernel.name == "strips"
+    assert clock.asked == 2
