@@ -190,7 +190,7 @@ def test_marked_dimensions_keep_all_sites_for_every_length(case: Case) -> None:
         _check_all_lengths(case, backend, compiled, model)
 
 
-@pytest.mark.parametrize("name", ["causal made anew", "llama sdpa", "bert padded eager"])
+@pytest.mark.parametrize("name", ["causal made anew", "llama sdpa", "bert padded sdpa"])
 @pytest.mark.parametrize(
     ("dynamic", "training", "autocast"),
     [(True, False, False), (True, True, True), (False, True, True)],

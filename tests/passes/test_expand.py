@@ -206,16 +206,20 @@ def test_gradients_are_as_accurate_as_eager(name: str, weights: bool) -> None:
     model, args, kwargs = _case(name)
     kwargs["need_weights"] = weights
     model.train()
-    _assert_gradients(model, args, kwargs)
+    # With weights it is written by hand, where a float mask that is given may fill whole rows: of
+    # those SDPA's gradient is another.
+    _assert_gradients(model, args, kwargs, lowered=not (weights and name == "both masks"))
 
 
-def _assert_gradients(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def _assert_gradients(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], lowered: bool = True
+) -> None:
     """Gradients of inputs and parameters, as rewritten and as eager, against float64."""
     same = {id(arg): arg.clone().requires_grad_() for arg in args}
     inputs = [same[id(arg)] for arg in args]
     outcome = run(model, *inputs, grad=True, **kwargs)
     assert outcome.sites
-    assert all(site.lowered for site in outcome.sites), outcome.sites
+    assert all(site.lowered is lowered for site in outcome.sites), outcome.sites
     double = in_float64(model)
     same_double = {key: in_float64(arg.detach()).requires_grad_() for key, arg in same.items()}
     exact = double(*(same_double[id(arg)] for arg in args), **in_float64(kwargs))
