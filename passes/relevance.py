@@ -70,9 +70,9 @@ SDPA: frozenset[Any] = frozenset(
         torch.ops.aten.scaled_dot_product_attention.default,
     }
 )
+_WRITTEN = ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "iand", "ior", "setitem")
 _IN_PLACE: frozenset[Any] = frozenset(
-    getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "iand", "ior", "setitem")
+    {*(getattr(operator, name) for name in _WRITTEN), *(f"__{name}__" for name in _WRITTEN)}
 )
 
 

@@ -46,8 +46,8 @@ _ABSORBS = -1e24
 @dataclass(frozen=True)
 class ScoreParts:
     """score is over S, the scaled product; factor multiplies the product beside scale (ONE or not
-    a number); row_terms is what was dropped as the same for a whole row. filled: whether masked
-    scores are replaced (rather than added to); finite: whether by a finite number."""
+    a number); row_terms is what was dropped as the same for a whole row. finite: whether keys are
+    shut out by a finite number."""
 
     scale: float
     factor: sympy.Expr
@@ -55,7 +55,6 @@ class ScoreParts:
     mask: Boolean
     empty_row: EmptyRow
     row_terms: sympy.Expr
-    filled: bool = False
     finite: bool = False
 
 
@@ -87,7 +86,6 @@ def score_parts(
             rest, shut = _without_infinities(element, dtype, sympy.false)
             rest = _with_product_outside(rest)
         empty_row = _empty_row(shut, zero_rows)
-    filled = any(not item.added for item in shut)
     finite = any(item.value != -sympy.oo for item in shut)
     mask = _kept(shut)
     if mask.has(RAW):
@@ -96,7 +94,7 @@ def score_parts(
         raise Refusal("an infinite number in the scores that is no mask of its own")
     rest, row_terms = without_row_statistics(rest)
     scale, factor, score = _unscaled(rest)
-    return ScoreParts(scale, factor, score, mask, empty_row, row_terms, filled, finite)
+    return ScoreParts(scale, factor, score, mask, empty_row, row_terms, finite)
 
 
 def _kept(shut: Sequence[_Shut]) -> Boolean:
