@@ -10,11 +10,11 @@ adaattn have caches of their own and take turns, and medians over the repeats ar
 `first call` is what a user waits for: capture, backend and one run. `backend` is the part within
 the call of the backend, without Dynamo's capture. `passes` is the time of ours that is no kernel:
 expanding, canonical view, matching, validating, proving, rewriting. `kernels` is choosing, building
-and measuring kernels (flex_attention's own compilation, for one), reported apart. So is `gc`: capturing
-leaves Python's collector due, and its one long collection falls into whatever comes next, our
-passes here, Inductor's own where there are none. The percentage is passes over Inductor's `backend`
-time of the same run, cold or warm: the stricter of two readings (over its whole first call it is
-less); the last column is all that a user waits for, ours over Inductor's.
+and measuring kernels (flex_attention's own compilation, for one), reported apart. So is `gc`:
+capturing leaves Python's collector due, and its one long collection falls into whatever comes next,
+our passes here, Inductor's own where there are none. The percentage is passes over Inductor's
+`backend` time of the same run, cold or warm: the stricter of two readings (over its whole first
+call it is less); the last column is all that a user waits for, ours over Inductor's.
 """
 
 from __future__ import annotations
