@@ -17,6 +17,8 @@ from typing import Any
 
 log = logging.getLogger("adaattn_compiler")
 
+_KNOWN_KERNELS = ("sdpa", "strips", "flex")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -40,7 +42,7 @@ class Options:
     enabled: bool = True
     validate: bool = True
     measure: bool = True
-    kernels: tuple[str, ...] = ("sdpa", "strips", "flex")
+    kernels: tuple[str, ...] = _KNOWN_KERNELS
     cache_dir: Path = Path("~/.cache/adaattn")
     dump_dir: Path | None = None
     analysis_seconds: float = 120.0
@@ -52,7 +54,6 @@ class Options:
 
 
 _SWITCHES = ("enabled", "validate", "measure")
-_KNOWN_KERNELS = ("sdpa", "strips", "flex")
 _PREFIX = "ADAATTN_"
 _BENCHMARKS_PREFIX = "ADAATTN_BENCH_"
 

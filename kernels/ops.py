@@ -15,6 +15,7 @@ import torch
 from adaattn_compiler.kernels.flex import flex_runner
 from adaattn_compiler.kernels.reference import attention_by_rows
 from adaattn_compiler.kernels.strips import strips_runner
+from adaattn_compiler.kernels.through_op import all_finite
 
 
 @torch.library.custom_op("adaattn::attention", mutates_args=(), device_types="cpu")
@@ -32,18 +33,13 @@ def attention(
     Raises ValueError for text that is no plan. Has no gradient.
     """
     runner = strips_runner(plan) if _kernel_of(plan) == "strips" else flex_runner(plan)
-    if 0 in (*q.shape, *k.shape, *v.shape) or not _finite(q, k, v):
+    if 0 in (*q.shape, *k.shape, *v.shape) or not all_finite(q, k, v):
         # Kernels do not carry NaN to every row that it belongs in; written out, it gets there.
         out = attention_by_rows(q, k, v, operands, params, runner.spec)
     else:
         out = runner(q, k, v, operands, params)
     # As the fake says it lies, and no alias of an input.
     return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _finite(*tensors: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite (an overflowing sum says no, too: slow, not wrong)."""
-    return all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors)
 
 
 @functools.cache

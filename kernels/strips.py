@@ -25,7 +25,7 @@ import torch
 from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.evaluate import evaluate_dense, has_key, rank_of
 from adaattn_compiler.kernels.problem import Attention, Problem
-from adaattn_compiler.kernels.through_op import op_call, op_refusal
+from adaattn_compiler.kernels.through_op import all_finite, op_call, op_refusal
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, b, h, k, q
 
 aten = torch.ops.aten
@@ -115,6 +115,12 @@ class StripsRunner:
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
         self._distances = vector_of_distances(spec)
+        self._loaded = sorted({int(load.args[0]) for load in spec.score.atoms(Load)})
+        # Whether rows without a key yield something else than the fused kernel leaves there.
+        self._empty_rows = spec.sink is None and spec.empty_row in (
+            EmptyRow.UNIFORM,
+            EmptyRow.NAN,
+        )
         self._lengths: dict[tuple[Any, ...], _Length] = {}
         self._lock = threading.Lock()
 
@@ -130,7 +136,7 @@ class StripsRunner:
         batch, heads, rows, _ = q_BHMD.shape
         out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
         length = self._length(rows, k_BGND.shape[2], tuple(params), q_BHMD.dtype)
-        shuts = self._bias_shuts_keys(operands)
+        finite = self._empty_rows and all_finite(*(operands[i] for i in self._loaded))
         for strip in length.ranges:
             start, count, first, last = strip
             target = out[:, :, start : start + count]
@@ -139,16 +145,10 @@ class StripsRunner:
                     q_BHMD[:, :, start : start + count],
                     k_BGND[:, :, first:last],
                     v_BGNE[:, :, first:last],
-                    _Context(self.spec, strip, operands, params, length, v_BGNE, shuts),
+                    _Context(self.spec, strip, operands, params, length, v_BGNE, finite),
                 )
             )
         return out
-
-    def _bias_shuts_keys(self, operands: Sequence[torch.Tensor]) -> bool:
-        """Whether a bias that is data may be -inf somewhere (an overflowing sum says so, too)."""
-        loads = self.spec.score.atoms(Load)
-        read = [operands[number] for number in {int(load.args[0]) for load in loads}]
-        return not all(bool(torch.isfinite(tensor.sum())) for tensor in read)
 
     def _length(
         self, rows: int, columns: int, params: tuple[int, ...], dtype: torch.dtype
@@ -180,7 +180,7 @@ class StripsRunner:
             out, lse = self._fused(q_BHRD, k_BGLD, v_BGLE, keep, at)
         if self.spec.sink is not None:
             return _with_sink(out, lse, at)
-        if self.spec.empty_row in (EmptyRow.UNIFORM, EmptyRow.NAN):
+        if self._empty_rows:
             return at.with_empty_rows(out, at.has_key(keep))
         return out
 
@@ -235,7 +235,7 @@ class _Context:
     params: Sequence[int]
     length: _Length
     v: torch.Tensor
-    bias_shuts_keys: bool
+    bias_is_finite: bool
 
     def values(self) -> dict[Any, Any]:
         """The strip's positions and the sizes."""
@@ -260,7 +260,7 @@ class _Context:
 
     def has_key(self, keep: torch.Tensor | None) -> torch.Tensor:
         """Whether each row of the strip has a key; keep: the strip's mask."""
-        if not self.bias_shuts_keys:
+        if self.bias_is_finite:
             return torch.ones((), dtype=torch.bool) if keep is None else keep.any(-1, keepdim=True)
         found = has_key(self.spec, self.values(), self.operands, self.params, partial=True)
         return torch.as_tensor(found)

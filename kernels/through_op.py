@@ -28,6 +28,11 @@ def op_refusal(problem: Problem) -> str | None:
     return None
 
 
+def all_finite(*tensors: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite (an overflowing sum says no, too: slow, not wrong)."""
+    return all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors)
+
+
 def op_call(plan: str) -> Attention:
     """The function that computes what a plan says, by the op."""
 

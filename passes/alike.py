@@ -21,6 +21,7 @@ from adaattn_compiler.passes.canonical_view import (
     opaque,
     origin_of,
     overwritten,
+    owner_of,
 )
 from adaattn_compiler.passes.site import Operand, SideTensor, Site
 from adaattn_compiler.passes.views import Access
@@ -98,8 +99,7 @@ def _source(node: fx.Node) -> str | None:
     """Whether a placeholder is a parameter, a buffer or given by the caller."""
     if node.op != "placeholder":
         return None
-    base = getattr(getattr(origin_of(node), "_dynamo_source", None), "base", None)
-    return str(getattr(base, "member", None))
+    return str(owner_of(origin_of(node)))
 
 
 def _frozen(value: Any, number: Mapping[fx.Node, int]) -> Any:

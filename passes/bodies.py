@@ -154,12 +154,7 @@ def _rewritten(body: Body, analysis: Any) -> RewrittenBody:
         and _layouts(new) != _layouts(body.module)
     ):
         reason = f"the layout of what it returns from inside {_op_name(body.call)} would change"
-        results = tuple(
-            Refused(r.site.name, r.site.spelling, reason, r.site.anchor)
-            if isinstance(r, Lowered)
-            else r
-            for r in results
-        )
+        results = tuple(r.site.refused(reason) if isinstance(r, Lowered) else r for r in results)
         return RewrittenBody(body, None, results, frozenset())
     return RewrittenBody(body, new, results, frozenset(body.outer[i] for i in analysis.assumes))
 

@@ -87,6 +87,13 @@ def origin_of(node: fx.Node) -> fx.Node:
     return origin
 
 
+def owner_of(placeholder: fx.Node) -> str | None:
+    """Where a module holds a Dynamo graph's input: "_parameters", "_buffers"; None elsewhere."""
+    base = getattr(getattr(placeholder, "_dynamo_source", None), "base", None)
+    member: str | None = getattr(base, "member", None)
+    return member
+
+
 def call_name(node: fx.Node) -> str:
     """What a view node's call is called in messages."""
     target = origin_of(node).target if node.target is opaque else node.target

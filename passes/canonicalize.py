@@ -32,6 +32,7 @@ from adaattn_compiler.passes.canonical_view import (
     opaque,
     origin_of,
     overwritten,
+    owner_of,
     size_expr,
 )
 from adaattn_compiler.passes.deadline import NO_DEADLINE, Deadline
@@ -93,9 +94,8 @@ def _buffers(graph: fx.Graph, real: Sequence[Any]) -> dict[str, tuple[int, torch
     """Placeholders that are buffers of a module: their positions and values."""
     found: dict[str, tuple[int, torch.Tensor]] = {}
     for position, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), real)):  # noqa: B905
-        base = getattr(getattr(node, "_dynamo_source", None), "base", None)
-        is_buffer = getattr(base, "member", None) == "_buffers"
-        if is_buffer and isinstance(value, torch.Tensor) and not _is_fake(value):
+        held = owner_of(node) == "_buffers"
+        if held and isinstance(value, torch.Tensor) and not _is_fake(value):
             found[node.name] = (position, value)
     return found
 

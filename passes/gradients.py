@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.canonical_view import CanonicalView, getitem
-from adaattn_compiler.passes.site import Refused, Site
+from adaattn_compiler.passes.site import Refused, Site, checked
 from adaattn_compiler.passes.slices import slice_above
 from adaattn_compiler.spec import Refusal
 
@@ -31,13 +31,7 @@ _FORMED = (
 
 def check_gradients(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Site | Refused]:
     """See the module's docstring."""
-    out: list[Site | Refused] = []
-    for item in found:
-        reason = _reason(view, item) if isinstance(item, Site) else None
-        if isinstance(item, Site) and reason is not None:
-            item = Refused(item.name, item.spelling, reason, item.anchor)
-        out.append(item)
-    return out
+    return checked(found, lambda site: _reason(view, site))
 
 
 def _reason(view: CanonicalView, site: Site) -> str | None:

@@ -123,7 +123,7 @@ def _lowered(
         memo.clear()
         memo.update(shared)
         reason = str(error) if expected else f"writing it failed: {error!r}"
-        return Refused(site.name, site.spelling, reason, site.anchor)
+        return site.refused(reason)
     _annotate(emitter, before)
     return Lowered(site, problem, choice, seconds)
 

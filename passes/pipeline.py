@@ -86,7 +86,7 @@ def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Opt
         found = timer("uses", check_uses, view, found)
         found = timer("gradients", check_gradients, view, found)
         if options.validate:
-            found = timer("validate", validate, view, found, inputs)
+            found = timer("validate", validate, view, found)
             found = timer("prove", prove_masks, view, found)
         rewritten = timer("lower", lower, expanded, view, found, options)
         results = in_order(rewritten.results, bodies, expanded.graph)

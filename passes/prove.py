@@ -19,7 +19,7 @@ from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Axis, Index
 from adaattn_compiler.passes.resizing import Resizing
-from adaattn_compiler.passes.site import Refused, Site
+from adaattn_compiler.passes.site import Refused, Site, checked
 from adaattn_compiler.passes.slices import random_values, slice_to
 from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.passes.views import Access
@@ -36,20 +36,18 @@ def prove_masks(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Si
     """Refuse sites whose masks or biases were misread."""
     verdicts: dict[Any, str | None] = {}
     values: dict[fx.Node, Any] = {}
-    out: list[Site | Refused] = []
-    for item in found:
-        if isinstance(item, Site):
-            for access, element in item.readings:
-                view.deadline.check()
-                key = (access, element)
-                if key not in verdicts:
-                    verdicts[key] = _verdict(view, item, access, element, values)
-                if verdicts[key] is not None:
-                    reason = f"mask not proven: {verdicts[key]}"
-                    item = Refused(item.name, item.spelling, reason, item.anchor)
-                    break
-        out.append(item)
-    return out
+
+    def reason_against(site: Site) -> str | None:
+        for access, element in site.readings:
+            view.deadline.check()
+            key = (access, element)
+            if key not in verdicts:
+                verdicts[key] = _verdict(view, site, access, element, values)
+            if verdicts[key] is not None:
+                return f"mask not proven: {verdicts[key]}"
+        return None
+
+    return checked(found, reason_against)
 
 
 def _verdict(

@@ -18,7 +18,7 @@ from torch import fx
 
 from adaattn_compiler.passes.arguments import arguments
 from adaattn_compiler.passes.axes import AttentionAxes
-from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origin_of
+from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origin_of, owner_of
 from adaattn_compiler.passes.contraction import Contraction, Spine
 from adaattn_compiler.passes.element import ElementReader
 from adaattn_compiler.passes.expressions import (
@@ -275,8 +275,7 @@ def _is_given(node: fx.Node) -> bool:
     """Whether a floating-point tensor is an input of the graph and no parameter."""
     if node.op != "placeholder" or not meta_of(node).dtype.is_floating_point:
         return False
-    base = getattr(getattr(origin_of(node), "_dynamo_source", None), "base", None)
-    return getattr(base, "member", None) != "_parameters"
+    return owner_of(origin_of(node)) != "_parameters"
 
 
 def _is_safe(element: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,10 @@ class Site:
     assumes: frozenset[int] = field(default=frozenset())
     readings: tuple[tuple[Access, Any], ...] = field(default=())
 
+    def refused(self, reason: str) -> Refused:
+        """The site, left alone."""
+        return Refused(self.name, self.spelling, reason, self.anchor)
+
     @property
     def fake(self) -> Any:
         """A fake tensor of the site, whose shape environment knows the sizes as captured."""
@@ -106,3 +111,14 @@ class Refused:
     spelling: str
     reason: str
     anchor: fx.Node
+
+
+def checked(
+    found: Sequence[Site | Refused], reason_against: Callable[[Site], str | None]
+) -> list[Site | Refused]:
+    """The sites against which there is no reason; the others refused, each with its own."""
+    out: list[Site | Refused] = []
+    for item in found:
+        reason = reason_against(item) if isinstance(item, Site) else None
+        out.append(item if isinstance(item, Refused) or reason is None else item.refused(reason))
+    return out

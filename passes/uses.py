@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from adaattn_compiler.passes.canonical_view import CanonicalView
-from adaattn_compiler.passes.site import Refused, Site
+from adaattn_compiler.passes.site import Refused, Site, checked
 
 
 def check_uses(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Site | Refused]:
@@ -25,12 +25,7 @@ def check_uses(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Sit
         if not newly:
             break
         refused |= newly
-    return [
-        Refused(item.name, item.spelling, refused[item.output], item.anchor)
-        if isinstance(item, Site) and item.output in refused
-        else item
-        for item in found
-    ]
+    return checked(found, lambda site: refused.get(site.output))
 
 
 def _reason(site: Site, live: frozenset[fx.Node]) -> str | None:

@@ -24,7 +24,7 @@ from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of
 from adaattn_compiler.passes.index_map import Index
 from adaattn_compiler.passes.resizing import Resizing
-from adaattn_compiler.passes.site import Operand, Refused, Site
+from adaattn_compiler.passes.site import Operand, Refused, Site, checked
 from adaattn_compiler.passes.slices import Slice, random_values, slice_above
 from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.spec import Refusal
@@ -37,24 +37,15 @@ _SHORT_ROWS, _SHORT_COLUMNS, _SHORT_BATCH = 37, 41, 2
 _TOLERANCE = 1e-9
 
 
-def validate(
-    view: CanonicalView, found: Sequence[Site | Refused], inputs: Sequence[Any]
-) -> list[Site | Refused]:
-    """See the module's docstring. inputs: the example inputs of the graph."""
+def validate(view: CanonicalView, found: Sequence[Site | Refused]) -> list[Site | Refused]:
+    """See the module's docstring."""
     verdicts: dict[Any, str | None] = {}
-    out: list[Site | Refused] = []
-    for item in found:
-        if isinstance(item, Site):
-            view.deadline.check()
-            reason = _verdict(view, item, verdicts)
-            if reason is not None:
-                item = Refused(item.name, item.spelling, reason, item.anchor)
-        out.append(item)
-    return out
+    return checked(found, lambda site: _verdict(view, site, verdicts))
 
 
 def _verdict(view: CanonicalView, site: Site, verdicts: dict[Any, str | None]) -> str | None:
     """Why a site is refused; None where it agrees with its slice."""
+    view.deadline.check()
     try:
         piece = slice_above(view, site)
         key = (site.spec, tuple(str(s) for s in site.sizes.values()), piece.fingerprint())
