@@ -1,19 +1,22 @@
 """Which kernel computes a problem: by its nature, by an estimate, or by measurement.
 
 Kernels that cannot take the problem say why. Among the others, those whose estimated cost is far
-above the least are left out, and so is whatever has to be compiled for a problem too small to repay
-it. Where more than one is left they run on random data of the problem's size, in turns, and the
-times are written to a table on disk (one small file for each problem, replaced atomically), so that
-each is measured once on a machine; not where the rounds differ much, as on a machine that is busy.
+above the least are left out, and so is what takes longer to build than another without promising to
+be faster, and whatever has to be built for a problem too small to repay it. Where more than one is
+left they run on random data of the problem's size, in turns, and the times are written to a table
+on disk (one small file for each problem, replaced atomically), so that each is measured once on a
+machine; not where the rounds differ much, as on a machine that is busy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adaattn_compiler.kernels import ops
+from adaattn_compiler.kernels.cpu.kernel import CppKernel
 from adaattn_compiler.kernels.flex import FlexKernel
 from adaattn_compiler.kernels.measure import first_line, measured, warn_once
 from adaattn_compiler.kernels.problem import Kernel, Problem
@@ -27,10 +30,11 @@ log = logging.getLogger("adaattn_compiler")
 
 # Estimates are trusted beyond this ratio.
 _SURELY_SLOWER = 6.0
-# What has to be compiled takes part where its estimate is below this share of the best of the rest.
-_WORTH_COMPILING = 0.9
-# Multiplications below which nothing is worth compiling for.
-_SMALL = 2.0e9
+# What takes longer to build takes part where its estimate is below this share of the best of those
+# that are there sooner.
+_WORTH_BUILDING = 0.9
+# Operations below which nothing is worth building for (about half a millisecond).
+_SMALL = 1.0e8
 
 # The op must be registered wherever a kernel may be chosen.
 OP = ops.attention
@@ -47,7 +51,7 @@ class Choice:
 
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel there is."""
-    return (SdpaKernel(), StripsKernel(), FlexKernel())
+    return (SdpaKernel(), StripsKernel(), FlexKernel(), CppKernel())
 
 
 def choose(problem: Problem, options: Options) -> Choice:
@@ -57,18 +61,24 @@ def choose(problem: Problem, options: Options) -> Choice:
         return _built(able, problem, f"the only one that can ({'; '.join(unable)})")
     costs = {kernel: kernel.cost(problem) for kernel in able}
     able.sort(key=lambda kernel: costs[kernel])
-    ready = [kernel for kernel in able if not kernel.compiles]
+    ready = [kernel for kernel in able if kernel.seconds_to_build == 0]
     if ready and costs[ready[0]] < _SMALL:
         return Choice(ready[0], "least cost by estimate, and too small to measure")
     near = [
         kernel
         for kernel in able
-        if costs[kernel] <= _SURELY_SLOWER * costs[able[0]]
-        and not (kernel.compiles and ready and costs[kernel] > _WORTH_COMPILING * costs[ready[0]])
+        if costs[kernel] <= _SURELY_SLOWER * costs[able[0]] and _worth_building(kernel, costs)
     ]
     if len(near) == 1 or not options.measure:
         return _built(able, problem, "least cost by estimate")
     return _fastest(near, problem, options)
+
+
+def _worth_building(kernel: Kernel, costs: Mapping[Kernel, float]) -> bool:
+    sooner = [
+        cost for other, cost in costs.items() if other.seconds_to_build < kernel.seconds_to_build
+    ]
+    return not sooner or costs[kernel] < _WORTH_BUILDING * min(sooner)
 
 
 def _able(problem: Problem, options: Options) -> tuple[list[Kernel], list[str]]:

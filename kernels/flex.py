@@ -23,8 +23,9 @@ import torch
 from adaattn_compiler.kernels.blocks import block_lists, block_structure, density
 from adaattn_compiler.kernels.evaluate import evaluate, has_key, positions
 from adaattn_compiler.kernels.flex_inductor import FlexConfig, compile_flex, read_table
+from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Attention, Problem
-from adaattn_compiler.kernels.through_op import op_call, op_refusal
+from adaattn_compiler.kernels.through_op import op_call, op_refusal, with_unit_stride
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, Where, b, h, k, param, q
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ class FlexKernel:
     """See the module's docstring."""
 
     name: str = "flex"
-    compiles: bool = True
+    seconds_to_build: float = 8.0
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.dtype not in _DTYPES:
@@ -176,13 +177,15 @@ class _Reads:
 class FlexRunner:
     """A compiled kernel with the block lists of the lengths that it has met."""
 
+    carries_nan = False
+
     def __init__(self, spec: AttentionSpec, config: FlexConfig) -> None:
         self.spec = spec
         self.config = config
         self._mask, self._score = _with_sink_column(spec)
         self._mask_reads, self._score_reads = _Reads.of(self._mask), _Reads.of(self._score)
         self._calls: dict[int, Callable[[list[torch.Tensor]], torch.Tensor]] = {}
-        self._lists: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+        self._lists: Kept[tuple[torch.Tensor, ...]] = Kept(_KEPT_LENGTHS)
         self._lock = threading.RLock()
         self._compiled()
 
@@ -231,7 +234,7 @@ class FlexRunner:
         sizes = {M: rows, N: columns, **{param(i): value for i, value in enumerate(params)}}
         out = self._compiled()(
             [
-                *(_with_unit_stride(t) for t in (q_BHMD, k_BGND, v_BGNE)),
+                *(with_unit_stride(t) for t in (q_BHMD, k_BGND, v_BGNE)),
                 *self._block_lists(rows, columns, tuple(params)),
                 *self._score_reads.values(stored, sizes),
                 *self._mask_reads.values(stored, sizes),
@@ -265,17 +268,12 @@ class FlexRunner:
     def _block_lists(
         self, rows: int, columns: int, params: tuple[int, ...]
     ) -> tuple[torch.Tensor, ...]:
-        key = (rows, columns, *params)
-        with self._lock:
-            lists = self._lists.get(key)
-        if lists is None:
-            structure = block_structure(self._mask, rows, columns, *self.config.block, params)
-            lists = block_lists(structure)
-            with self._lock:
-                while len(self._lists) >= _KEPT_LENGTHS:
-                    del self._lists[next(iter(self._lists))]
-                self._lists[key] = lists
-        return lists
+        return self._lists.get(
+            (rows, columns, *params),
+            lambda: block_lists(
+                block_structure(self._mask, rows, columns, *self.config.block, params)
+            ),
+        )
 
 
 # How operands of each kind are stored for the kernel.
@@ -302,10 +300,6 @@ def _truth(value: Any, like: Any) -> Any:
 def _with_zero_row(tensor: torch.Tensor) -> torch.Tensor:
     batch, heads, _, dim = tensor.shape
     return torch.cat([tensor, tensor.new_zeros(batch, heads, 1, dim)], 2)
-
-
-def _with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _with_empty_rows(

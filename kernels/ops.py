@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from adaattn_compiler.kernels.cpu.runner import cpp_runner
 from adaattn_compiler.kernels.flex import flex_runner
 from adaattn_compiler.kernels.reference import attention_by_rows
 from adaattn_compiler.kernels.strips import strips_runner
@@ -32,14 +34,22 @@ def attention(
     operands and params are those of the plan's spec. Returns memory laid out as [B,M,H,E].
     Raises ValueError for text that is no plan. Has no gradient.
     """
-    runner = strips_runner(plan) if _kernel_of(plan) == "strips" else flex_runner(plan)
-    if 0 in (*q.shape, *k.shape, *v.shape) or not all_finite(q, k, v):
+    runner = _RUNNERS[_kernel_of(plan)](plan)
+    finite = runner.carries_nan or all_finite(q, k, v)
+    if 0 in (*q.shape, *k.shape, *v.shape) or not finite:
         # Kernels do not carry NaN to every row that it belongs in; written out, it gets there.
         out = attention_by_rows(q, k, v, operands, params, runner.spec)
     else:
         out = runner(q, k, v, operands, params)
     # As the fake says it lies, and no alias of an input.
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_RUNNERS: dict[str, Callable[[str], Any]] = {
+    "cpp": cpp_runner,
+    "strips": strips_runner,
+    "flex": flex_runner,
+}
 
 
 @functools.cache

@@ -40,8 +40,8 @@ class Shape:
 class Problem:
     """One attention to lower: q [B,H,M,D], k [B,G,N,D], v [B,G,N,E] of one dtype.
 
-    operand_shapes and param_hints: sizes of the spec's operands and its run-time numbers, as seen
-    when compiling.
+    operand_shapes, operand_dtypes and param_hints: sizes and types of the spec's operands, and its
+    run-time numbers, as seen when compiling.
     """
 
     spec: AttentionSpec
@@ -51,6 +51,12 @@ class Problem:
     requires_grad: bool
     operand_shapes: tuple[tuple[int, ...], ...] = ()
     param_hints: tuple[Any, ...] = ()
+    operand_dtypes: tuple[torch.dtype, ...] = ()
+
+    def dtypes_of_operands(self) -> tuple[torch.dtype, ...]:
+        """Those that were seen, or else what operands of their kind usually have."""
+        usual = {"bool": torch.bool, "int": torch.int64, "float": torch.float32}
+        return self.operand_dtypes or tuple(usual[o.kind] for o in self.spec.operands)
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ class Kernel(Protocol):
         """As `explain` shows it and options name it."""
 
     @property
-    def compiles(self) -> bool:
-        """Whether building it takes seconds."""
+    def seconds_to_build(self) -> float:
+        """About how long building it takes; 0 where nothing has to be compiled."""
 
     def refusal(self, problem: Problem) -> str | None:
         """Why this kernel cannot take the problem; None where it can."""

@@ -32,7 +32,7 @@ class SdpaKernel:
     """See the module's docstring."""
 
     name: str = "sdpa"
-    compiles: bool = False
+    seconds_to_build: float = 0.0
 
     def refusal(self, problem: Problem) -> str | None:
         spec = problem.spec

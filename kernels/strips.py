@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 
 from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.evaluate import evaluate_dense, has_key, rank_of
+from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Attention, Problem
 from adaattn_compiler.kernels.through_op import all_finite, op_call, op_refusal
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, b, h, k, q
@@ -44,7 +44,7 @@ class StripsKernel:
     """See the module's docstring."""
 
     name: str = "strips"
-    compiles: bool = False
+    seconds_to_build: float = 0.0
 
     def refusal(self, problem: Problem) -> str | None:
         return op_refusal(problem)
@@ -112,6 +112,8 @@ def strips_runner(plan: str) -> StripsRunner:
 class StripsRunner:
     """Computes a spec's attention, keeping the ranges and masks of the lengths that it has met."""
 
+    carries_nan = False
+
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
         self._distances = vector_of_distances(spec)
@@ -121,8 +123,7 @@ class StripsRunner:
             EmptyRow.UNIFORM,
             EmptyRow.NAN,
         )
-        self._lengths: dict[tuple[Any, ...], _Length] = {}
-        self._lock = threading.Lock()
+        self._lengths: Kept[_Length] = Kept(_KEPT_LENGTHS)
 
     def __call__(
         self,
@@ -153,17 +154,11 @@ class StripsRunner:
     def _length(
         self, rows: int, columns: int, params: tuple[int, ...], dtype: torch.dtype
     ) -> _Length:
-        key = (rows, columns, params, dtype)
-        with self._lock:
-            length = self._lengths.get(key)
-        if length is None:
+        def made() -> _Length:
             ranges = key_ranges(self.spec.mask, rows, columns, params, strip_rows(self.spec))
-            length = _Length(rows, columns, ranges, {})
-            with self._lock:
-                while len(self._lengths) >= _KEPT_LENGTHS:
-                    del self._lengths[next(iter(self._lengths))]
-                self._lengths[key] = length
-        return length
+            return _Length(rows, columns, ranges, {})
+
+        return self._lengths.get((rows, columns, params, dtype), made)
 
     def _strip(
         self, q_BHRD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLE: torch.Tensor, at: _Context

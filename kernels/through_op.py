@@ -33,6 +33,11 @@ def all_finite(*tensors: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(tensor.sum(dtype=torch.float32))) for tensor in tensors)
 
 
+def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied only where its last stride is not 1."""
+    return tensor if tensor.dim() == 0 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def op_call(plan: str) -> Attention:
     """The function that computes what a plan says, by the op."""
 

@@ -156,6 +156,7 @@ def problem_of(site: Site) -> Problem:
         site.requires_grad,
         tuple(_side_shape(side, site) for side in site.sides),
         tuple(size_hint(value, site.fake) for value in site.params),
+        tuple(meta_of(side.node).dtype for side in site.sides),
     )
 
 

@@ -1,0 +1,40 @@
+// What one call is given; kernels/cpu/library.py has the same structures.
+
+#pragma once
+
+#include <cstdint>
+
+// [B, heads, length, dim]; the last stride is 1, the others are in elements.
+struct Tensor {
+  void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+// A tensor that the score, the mask or the sink reads; strides in elements.
+struct Operand {
+  const void* data;
+  int64_t stride[4];
+};
+
+struct Call {
+  Tensor q, k, v, out;
+  float* lse;  // [B, H, M], natural logarithm; null where nobody asks for it
+  int64_t batch, heads, rows, columns;
+  const Operand* operands;
+  const int64_t* params;
+
+  // The plan. Block lists: list i of (b, h) holds the key blocks that the i-th block of query rows
+  // meets, from offsets[i] to offsets[i + 1] of `blocks`, each as 2 * index + (masked inside or not).
+  const int32_t* offsets;
+  const int32_t* blocks;
+  int64_t list_batch_stride, list_head_stride;  // in lists; 0 where lists are shared
+  const float* key_bias;                        // added to the score of each key; may be null
+  int64_t key_bias_batch_stride, key_bias_head_stride;
+  int64_t scores_in_bfloat16, values_in_bfloat16;
+  int64_t threads;
+};
+
+enum Status : int64_t { kDone = 0, kNotFinite = 1, kNoMemory = 2 };
+
+// What a row yields that attends to no key.
+enum class EmptyRow { kZero, kNaN, kUniform };

@@ -1,0 +1,256 @@
+// The forward pass: blocks of query rows in parallel, each over its list of key blocks.
+//
+// Needs, from the generated source: Number (of q, k, v and out), kHeadDim, kValueDim, kGroup, kScale,
+// kPlain (the score is S itself and kScale is positive), kEmptyRow, score_row<kMasked>() and, where
+// there is a sink, sink_of() and ADAATTN_HAS_SINK.
+
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "call.h"
+#include "pack.h"
+#include "softmax.h"
+
+// Query rows of a block, and key blocks that one step of the online softmax takes together.
+constexpr int kBlockRows = 64, kStepBlocks = 4;
+constexpr int kStepKeys = kStepBlocks * kBlockKeys;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <typename Item>
+using Buffer = std::unique_ptr<Item[], Free>;
+
+// Room for `count` items, null where there is no memory.
+template <typename Item>
+static Buffer<Item> buffer_of(int64_t count) {
+  const size_t bytes = (size_t(count) * sizeof(Item) + 127) / 64 * 64;
+  return Buffer<Item>(static_cast<Item*>(std::aligned_alloc(64, bytes)));
+}
+
+static inline const Number* row_of(const Tensor& tensor, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<const Number*>(tensor.data) + batch * tensor.batch_stride +
+         head * tensor.head_stride + row * tensor.row_stride;
+}
+
+// All of K and V, packed.
+template <typename KeyWord, typename ValueWord>
+struct PackedKeys {
+  static constexpr int kKeyWords = words_of<KeyWord>(kHeadDim) * kBlockKeys;
+  static constexpr int kValueWords =
+      kBlockKeys / kInWord<ValueWord> * rounded_up(kValueDim, kLanes);
+
+  int64_t heads, blocks;
+  Buffer<KeyWord> keys;
+  Buffer<ValueWord> values;
+
+  explicit PackedKeys(const Call& call)
+      : heads(call.heads / kGroup), blocks((call.columns + kBlockKeys - 1) / kBlockKeys) {
+    const int64_t count = call.batch * heads * blocks;
+    keys = buffer_of<KeyWord>(count * kKeyWords);
+    values = buffer_of<ValueWord>(count * kValueWords);
+  }
+
+  const KeyWord* keys_of(int64_t batch, int64_t head, int64_t block) const {
+    return keys.get() + ((batch * heads + head) * blocks + block) * kKeyWords;
+  }
+  const ValueWord* values_of(int64_t batch, int64_t head, int64_t block) const {
+    return values.get() + ((batch * heads + head) * blocks + block) * kValueWords;
+  }
+
+  // Whether all elements are finite.
+  bool fill(const Call& call) {
+    std::atomic<bool> finite{true};
+#pragma omp parallel for num_threads(call.threads) schedule(static)
+    for (int64_t item = 0; item < call.batch * heads * blocks; ++item) {
+      const int64_t block = item % blocks, head = item / blocks % heads;
+      const int64_t batch = item / blocks / heads, first = block * kBlockKeys;
+      const int64_t rest = call.columns - first, count = rest < kBlockKeys ? rest : kBlockKeys;
+      const bool good =
+          pack_keys<kHeadDim>(row_of(call.k, batch, head, first), call.k.row_stride, count,
+                              keys.get() + item * kKeyWords) &
+          pack_values<kValueDim>(row_of(call.v, batch, head, first), call.v.row_stride, count,
+                                 values.get() + item * kValueWords);
+      if (!good) finite.store(false, std::memory_order_relaxed);
+    }
+    return finite.load();
+  }
+};
+
+// One block of query rows on its way through the keys.
+template <typename KeyWord, typename ValueWord>
+struct QueryBlock {
+  using Weight = std::conditional_t<std::is_same_v<ValueWord, float>, float, Bfloat16>;
+  static constexpr int kQueryWords = words_of<KeyWord>(kHeadDim);
+  static constexpr int kOut = rounded_up(kValueDim, kLanes);
+
+  alignas(64) KeyWord queries[kBlockRows * kQueryWords];
+  alignas(64) float scores[kBlockRows * kStepKeys];
+  alignas(64) Weight weights[std::is_same_v<Weight, float> ? 1 : kBlockRows * kStepKeys];
+  alignas(64) float out[kBlockRows * kOut];
+  RowState state[kBlockRows];
+  int64_t batch, head, first, rows;
+
+  // Whether all its queries are finite.
+  bool start(const Call& call, int64_t at_batch, int64_t at_head, int64_t at_block) {
+    batch = at_batch, head = at_head, first = at_block * kBlockRows;
+    rows = call.rows - first < kBlockRows ? call.rows - first : kBlockRows;
+    bool finite = true;
+    for (int64_t row = 0; row < rows; ++row) {
+      const Number* query = row_of(call.q, batch, head, first + row);
+      finite &= is_finite<kHeadDim>(query);
+      pack_row<kHeadDim>(query, queries + row * kQueryWords);
+      state[row] = RowState{};
+    }
+    std::memset(out, 0, sizeof(float) * rows * kOut);
+    return finite;
+  }
+
+  // Up to kStepBlocks key blocks at a time.
+  void visit(const Call& call, const PackedKeys<KeyWord, ValueWord>& packed,
+             const int32_t* entries, int64_t count) {
+    float factor[kStepBlocks];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t block = entries[i] >> 1;
+      multiply<kBlockKeys>(rows, queries, kQueryWords, packed.keys_of(batch, head / kGroup, block),
+                           scores + i * kBlockKeys, kStepKeys, kQueryWords, false);
+      factor[i] = finish_scores(call, block, entries[i] & 1, scores + i * kBlockKeys);
+    }
+    weigh(factor, count);
+    for (int64_t i = 0; i < count; ++i)
+      multiply<kOut>(rows, weight_words() + i * kBlockKeys / kInWord<ValueWord>,
+                     kStepKeys / kInWord<ValueWord>,
+                     packed.values_of(batch, head / kGroup, entries[i] >> 1), out, kOut,
+                     kBlockKeys / kInWord<ValueWord>, true);
+  }
+
+  // Products become scores times log2(e) but for a factor, which is returned.
+  float finish_scores(const Call& call, int64_t block, bool masked, float* block_scores) {
+    const int64_t key = block * kBlockKeys;
+    const int64_t keys = call.columns - key < kBlockKeys ? call.columns - key : kBlockKeys;
+    if (kPlain && !masked && keys == kBlockKeys && !call.key_bias) return kScale * kLog2e;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* row_scores = block_scores + row * kStepKeys;
+      if (masked)
+        score_row<true>(call, batch, head, first + row, key, keys, row_scores);
+      else
+        score_row<false>(call, batch, head, first + row, key, keys, row_scores);
+      for (int64_t i = keys; i < kBlockKeys; ++i) row_scores[i] = -kInfinity;
+      if (call.key_bias) {
+        const float* bias = call.key_bias + batch * call.key_bias_batch_stride +
+                            head * call.key_bias_head_stride + key;
+        for (int64_t i = 0; i < keys; ++i) row_scores[i] += kLog2e * bias[i];
+      }
+    }
+    return 1.0f;
+  }
+
+  void weigh(const float* factor, int64_t count) {
+    for (int64_t row = 0; row < rows; ++row) {
+      float* row_scores = scores + row * kStepKeys;
+      Weight* row_weights;
+      if constexpr (std::is_same_v<Weight, float>)
+        row_weights = row_scores;
+      else
+        row_weights = weights + row * kStepKeys;
+      const float scale =
+          weigh_row<kBlockKeys>(state[row], row_scores, factor, count, row_weights);
+      if (scale != 1.0f)
+        for (int e = 0; e < kOut; e += kLanes)
+          store(out + row * kOut + e, load(out + row * kOut + e) * scale);
+    }
+  }
+
+  const ValueWord* weight_words() const {
+    if constexpr (std::is_same_v<Weight, float>)
+      return scores;
+    else
+      return reinterpret_cast<const ValueWord*>(weights);
+  }
+
+  void finish(const Call& call) {
+    for (int64_t row = 0; row < rows; ++row) {
+      float largest = state[row].largest, sum = sum_of(state[row].sum), scale = 1.0f;
+#if ADAATTN_HAS_SINK
+      const float sink = kLog2e * sink_of(call, batch, head, first + row);
+      const float both = largest > sink ? largest : sink;
+      scale = largest == -kInfinity ? 0.0f : std::exp2(largest - both);
+      sum = sum * scale + (sink == -kInfinity ? 0.0f : std::exp2(sink - both));
+      largest = both;
+#endif
+      Number* to = const_cast<Number*>(row_of(call.out, batch, head, first + row));
+      if (call.lse)
+        call.lse[(batch * call.heads + head) * call.rows + first + row] =
+            largest == -kInfinity ? -kInfinity : kLn2 * largest + std::log(sum);
+      if (largest == -kInfinity) {
+        fill_empty_row(call, batch, head / kGroup, to);
+        continue;
+      }
+      const float* from = out + row * kOut;
+      const float inverse = scale / sum;
+      for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(from[e] * inverse);
+    }
+  }
+
+  static void fill_empty_row(const Call& call, int64_t batch, int64_t head, Number* to) {
+    if constexpr (kEmptyRow == EmptyRow::kUniform) {
+      double sum[kValueDim] = {};
+      for (int64_t key = 0; key < call.columns; ++key)
+        for (int e = 0; e < kValueDim; ++e) sum[e] += to_float(row_of(call.v, batch, head, key)[e]);
+      for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(float(sum[e] / call.columns));
+    } else {
+      for (int e = 0; e < kValueDim; ++e)
+        to[e] = from_float<Number>(kEmptyRow == EmptyRow::kNaN ? kNaN : 0.0f);
+    }
+  }
+};
+
+template <typename KeyWord, typename ValueWord>
+static Status forward(const Call& call) {
+  PackedKeys<KeyWord, ValueWord> packed(call);
+  if (!packed.keys || !packed.values) return kNoMemory;
+  if (!packed.fill(call)) return kNotFinite;
+  const int64_t blocks = (call.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t items = call.batch * call.heads * blocks;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> status{kDone};
+#pragma omp parallel num_threads(call.threads)
+  {
+    auto memory = buffer_of<QueryBlock<KeyWord, ValueWord>>(1);
+    QueryBlock<KeyWord, ValueWord>* block = memory.get();
+    if (!block) status.store(kNoMemory);
+    // Last rows first: under a causal mask they take longest.
+    for (int64_t item; block && (item = next++) < items;) {
+      const int64_t list = blocks - 1 - item % blocks;
+      const int64_t head = item / blocks % call.heads, batch = item / blocks / call.heads;
+      if (!block->start(call, batch, head, list)) status.store(kNotFinite);
+      const int32_t* offset =
+          call.offsets + batch * call.list_batch_stride + head * call.list_head_stride + list;
+      for (int64_t entry = offset[0]; entry < offset[1]; entry += kStepBlocks) {
+        const int64_t left = offset[1] - entry;
+        block->visit(call, packed, call.blocks + entry, left < kStepBlocks ? left : kStepBlocks);
+      }
+      block->finish(call);
+    }
+  }
+  return Status(status.load());
+}
+
+// In floats, or in bfloat16 where the machine has it and the tensors are, or the plan asks for it.
+static Status forward_in_precision(const Call& call) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<Number, Bfloat16>) {
+    return forward<uint32_t, uint32_t>(call);
+  } else if (call.scores_in_bfloat16) {
+    return call.values_in_bfloat16 ? forward<uint32_t, uint32_t>(call)
+                                   : forward<uint32_t, float>(call);
+  } else if (call.values_in_bfloat16) {
+    return forward<float, uint32_t>(call);
+  }
+#endif
+  return forward<float, float>(call);
+}

@@ -1,0 +1,91 @@
+// C (+)= A B for a block of keys: the two products of attention, from packed panels.
+//
+// A is [rows, depth] by rows. B is packed: panels of kPanel columns, each [depth, kPanel]. A word is
+// 32 bits of depth: one float, or two bfloat16 that one instruction multiplies and adds in pairs.
+
+#pragma once
+
+#include "vectors.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+// 6 x 4 sums, 4 columns of B and one element of A: 29 of 32 registers.
+constexpr int kTileRows = 6, kPanelVectors = 4;
+#elif defined(__AVX2__)
+// 6 x 2 sums, 2 columns of B and one element of A: 15 of 16 registers.
+constexpr int kTileRows = 6, kPanelVectors = 2;
+#else
+constexpr int kTileRows = 6, kPanelVectors = 4;
+#endif
+constexpr int kPanel = kPanelVectors * kLanes;
+
+// sum + a * b, a in every lane.
+static inline Floats multiply_add(Floats sum, float a, const float* b) { return sum + a * load(b); }
+
+#if defined(__AVX512BF16__)
+// Both halves of each word.
+static inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a),
+                                  (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+// One tile of sums, held in registers over the whole depth.
+template <int kRows, int kVectors, typename Word>
+static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b, float* c,
+                                 int64_t c_stride, int64_t depth, bool accumulate) {
+  Floats sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectors; ++vector)
+      sum[row][vector] = accumulate ? load(c + row * c_stride + vector * kLanes) : Floats{};
+  for (int64_t step = 0; step < depth; ++step) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectors; ++vector)
+        sum[row][vector] = multiply_add(sum[row][vector], a[row * a_stride + step],
+                                        b + step * kVectors * kLanes + vector * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectors; ++vector)
+      store(c + row * c_stride + vector * kLanes, sum[row][vector]);
+}
+
+// All rows against one panel of kVectors vectors.
+template <int kVectors, typename Word>
+static void multiply_panel(int64_t rows, const Word* a, int64_t a_stride, const Word* b, float* c,
+                           int64_t c_stride, int64_t depth, bool accumulate) {
+  int64_t row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows)
+    multiply_tile<kTileRows, kVectors>(a + row * a_stride, a_stride, b, c + row * c_stride,
+                                       c_stride, depth, accumulate);
+  const Word* rest = a + row * a_stride;
+  float* out = c + row * c_stride;
+  switch (rows - row) {
+    case 5: return multiply_tile<5, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
+    case 4: return multiply_tile<4, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
+    case 3: return multiply_tile<3, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
+    case 2: return multiply_tile<2, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
+    case 1: return multiply_tile<1, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
+  }
+}
+
+// C [rows, kColumns] (+)= A [rows, depth] B, kColumns a multiple of the lanes.
+template <int kColumns, typename Word>
+static void multiply(int64_t rows, const Word* a, int64_t a_stride, const Word* b, float* c,
+                     int64_t c_stride, int64_t depth, bool accumulate) {
+  constexpr int kWhole = kColumns / kPanel * kPanel;
+  for (int column = 0; column < kWhole; column += kPanel)
+    multiply_panel<kPanelVectors>(rows, a, a_stride, b + column * depth, c + column, c_stride,
+                                  depth, accumulate);
+  if constexpr (kColumns > kWhole)
+    multiply_panel<(kColumns - kWhole) / kLanes>(rows, a, a_stride, b + kWhole * depth, c + kWhole,
+                                                 c_stride, depth, accumulate);
+}

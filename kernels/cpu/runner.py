@@ -1,0 +1,184 @@
+"""Runs the library of a spec, keeping the block lists of the lengths that it has met."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
+from adaattn_compiler.kernels.cpu.call import DONE, NO_MEMORY, NOT_FINITE, Plan, forward
+from adaattn_compiler.kernels.cpu.library import library
+from adaattn_compiler.kernels.cpu.source import Configuration, source_of
+from adaattn_compiler.kernels.kept import Kept
+from adaattn_compiler.kernels.problem import Problem
+from adaattn_compiler.kernels.reference import attention_by_rows
+from adaattn_compiler.kernels.through_op import with_unit_stride
+from adaattn_compiler.spec import AttentionSpec
+
+# Rows and keys of a block (forward.h, pack.h).
+BLOCK = (64, 64)
+_KEPT_LENGTHS = 16
+
+
+def configuration_of(problem: Problem) -> Configuration:
+    """What a problem's library is generated for."""
+    return Configuration(
+        problem.spec,
+        _name(problem.dtype),
+        problem.shape.head_dim,
+        problem.shape.value_dim,
+        tuple(_name(dtype) for dtype in problem.dtypes_of_operands()),
+    )
+
+
+def plan_of(problem: Problem) -> str:
+    """A problem as text from which its runner can be made anew in any process."""
+    made_for = configuration_of(problem)
+    return repr(
+        {
+            "kernel": "cpp",
+            "spec": made_for.spec.serialize(),
+            "dtype": made_for.dtype,
+            "dims": (made_for.head_dim, made_for.value_dim),
+            "operands": made_for.operands,
+        }
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def cpp_runner(plan: str) -> CppRunner:
+    """The runner of a plan, one for a process. Raises CannotBuild, NoCpp."""
+    fields = ast.literal_eval(plan)
+    spec = AttentionSpec.deserialize(fields["spec"])
+    head_dim, value_dim = fields["dims"]
+    return CppRunner(Configuration(spec, fields["dtype"], head_dim, value_dim, fields["operands"]))
+
+
+class CppRunner:
+    """A library with the plans of the lengths that it has met."""
+
+    carries_nan = True
+
+    def __init__(self, made_for: Configuration) -> None:
+        self.spec = made_for.spec
+        self.made_for = made_for
+        self._library = library(source_of(made_for))
+        self._dtypes = tuple(getattr(torch, name) for name in made_for.operands)
+        self._plans: Kept[Plan] = Kept(_KEPT_LENGTHS)
+
+    def __call__(
+        self,
+        q_BHMD: torch.Tensor,
+        k_BGND: torch.Tensor,
+        v_BGNE: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+        plan: Plan | None = None,
+        lse_BHM: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[B,H,M,E], laid out as [B,M,H,E]; ValueError for tensors that it was not made for.
+
+        plan: other block lists, biases and precision than the spec's own. lse_BHM: float32, to be
+        written.
+        """
+        self._check(q_BHMD, k_BGND, v_BGNE, operands)
+        batch, heads, rows, _ = q_BHMD.shape
+        columns = k_BGND.shape[2]
+        out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
+        stored = [
+            with_unit_stride(operand.to(dtype))
+            for operand, dtype in zip(operands, self._dtypes, strict=True)
+        ]
+        if plan is None:
+            key = (rows, columns, *params)
+            plan = self._plans.get(key, lambda: self._exact_plan(rows, columns, params))
+        else:
+            _check_plan(plan, (batch, heads, rows, columns))
+        tensors = [*map(with_unit_stride, (q_BHMD, k_BGND, v_BGNE)), out]
+        status = forward(self._library, tensors, lse_BHM, stored, params, plan)
+        if status == NO_MEMORY:
+            raise MemoryError("no memory for the packed keys and values")
+        if status == NOT_FINITE:
+            # Skipped and masked keys would not carry NaN where it belongs; written out, it does.
+            return attention_by_rows(q_BHMD, k_BGND, v_BGNE, operands, params, self.spec)
+        assert status == DONE
+        return out
+
+    def _exact_plan(self, rows: int, columns: int, params: Sequence[int]) -> Plan:
+        """The lists of the spec's own mask."""
+        return Plan(*lists_of(block_structure(self.spec.mask, rows, columns, *BLOCK, params)))
+
+    def _check(
+        self,
+        q_BHMD: torch.Tensor,
+        k_BGND: torch.Tensor,
+        v_BGNE: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+    ) -> None:
+        """The library checks nothing: what it was not made for would read wild memory."""
+        made_for = self.made_for
+        batch, heads = q_BHMD.shape[:2]
+        keys = (batch, heads // self.spec.group, k_BGND.shape[2])
+        wanted = (
+            (*q_BHMD.shape[:3], made_for.head_dim),
+            (*keys, made_for.head_dim),
+            (*keys, made_for.value_dim),
+        )
+        for name, tensor, shape in zip("qkv", (q_BHMD, k_BGND, v_BGNE), wanted, strict=True):
+            if _name(tensor.dtype) != made_for.dtype or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel was made for "
+                    f"{made_for.dtype} {shape}"
+                )
+        if len(operands) != len(self.spec.operands):
+            raise ValueError(f"{len(operands)} operands instead of {len(self.spec.operands)}")
+        for operand, kind in zip(operands, self.spec.operands, strict=True):
+            if operand.dim() != kind.rank:
+                raise ValueError(f"an operand of {operand.dim()} axes instead of {kind.rank}")
+
+
+def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offsets, blocks) of a Plan, for every batch item and head alike."""
+    seen = structure.partial | structure.full
+    counts = seen.sum(-1, dtype=torch.int32)
+    offsets = torch.zeros(1, 1, len(counts) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[0, 0, 1:])
+    row, column = seen.nonzero(as_tuple=True)
+    return offsets, (2 * column + structure.partial[row, column]).to(torch.int32)
+
+
+def _check_plan(plan: Plan, sizes: tuple[int, int, int, int]) -> None:
+    """ValueError where a plan's lists or biases do not fit a call."""
+    batch, heads, rows, columns = sizes
+    lists, blocks, bias = plan.offsets, plan.blocks, plan.key_bias
+    row_blocks, key_blocks = -(-rows // BLOCK[0]), -(-columns // BLOCK[1])
+    lead = lists.shape[0] in (1, batch) and lists.shape[1] in (1, heads)
+    if lists.dtype != torch.int32 or lists.stride(-1) != 1 or not lead:
+        raise ValueError(
+            f"offsets {lists.dtype} {tuple(lists.shape)}: int32 [B|1, H|1, blocks + 1]"
+        )
+    if lists.shape[2] != row_blocks + 1:
+        raise ValueError(f"{lists.shape[2]} offsets for {row_blocks} blocks of query rows")
+    if (
+        bool((lists.diff(dim=-1) < 0).any())
+        or int(lists.min()) < 0
+        or int(lists.max()) > len(blocks)
+    ):
+        raise ValueError(f"offsets must ascend within the {len(blocks)} blocks")
+    if blocks.dtype != torch.int32 or blocks.dim() != 1 or not blocks.is_contiguous():
+        raise ValueError(f"blocks {blocks.dtype} {tuple(blocks.shape)}: a contiguous int32 vector")
+    if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < 2 * key_blocks:
+        raise ValueError(f"blocks must be below {2 * key_blocks}, twice the number of key blocks")
+    if bias is not None:
+        lead = bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+        if bias.dtype != torch.float32 or not lead or bias.shape[2] != columns:
+            raise ValueError(f"key_bias {bias.dtype} {tuple(bias.shape)}: float32 [B|1, H|1, N]")
+        if bias.stride(2) != 1:
+            raise ValueError(f"key_bias has {bias.stride(2)} as its last stride: 1")

@@ -1,0 +1,59 @@
+// Online softmax of one block of query rows: a running maximum and sum for each row, in base 2.
+//
+// Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al.,
+// "FlashAttention", 2022, algorithm 1.
+
+#pragma once
+
+#include "numbers.h"
+#include "vectors.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+struct RowState {
+  float largest = -kInfinity;  // of the scores so far, times log2(e)
+  Floats sum = {};             // of 2^(score - largest), by lanes
+};
+
+static inline void store_weights(float* at, Floats weights) { store(at, weights); }
+
+#if defined(__AVX512BF16__)
+static inline void store_weights(Bfloat16* at, Floats weights) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)weights);
+  std::memcpy(at, &rounded, sizeof rounded);
+}
+#endif
+
+// Scores of one row become weights, 2^(factor * score - largest), in blocks of kBlock keys; returns
+// what earlier sums and outputs of the row must be multiplied by.
+template <int kBlock, typename Weight>
+static inline float weigh_row(RowState& state, const float* scores, const float* factor,
+                              int64_t blocks, Weight* weights) {
+  float largest = state.largest;
+  for (int64_t block = 0; block < blocks; ++block) {
+    Floats seen = load(scores + block * kBlock);
+    for (int lane = kLanes; lane < kBlock; lane += kLanes)
+      seen = larger(load(scores + block * kBlock + lane), seen);
+    const float here = factor[block] * largest_of(seen);
+    if (!(here <= largest)) largest = here;  // NaN comes through
+  }
+  if (largest == -kInfinity) {
+    for (int64_t key = 0; key < blocks * kBlock; key += kLanes) store_weights(weights + key, Floats{});
+    return 1.0f;
+  }
+  const float scale = state.largest == -kInfinity ? 0.0f : std::exp2(state.largest - largest);
+  Floats sum = state.sum * scale;
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int lane = 0; lane < kBlock; lane += kLanes) {
+      const int64_t key = block * kBlock + lane;
+      const Floats x = load(scores + key) * factor[block] - largest;
+      const Floats weight = exp2_of_negative<!std::is_same_v<Weight, float>>(x);
+      sum += weight;
+      store_weights(weights + key, weight);
+    }
+  state.sum = sum;
+  state.largest = largest;
+  return scale;
+}
