@@ -126,10 +126,8 @@ def sizes_of(number_of_params: int, *expressions: Any) -> list[str]:
     for symbol, text in ((M, "call.rows"), (N, "call.columns")):
         if symbol in mentioned:
             found.append(f"const int {symbol} = int({text});")
-    params = sorted(
-        int(str(s)[1:]) for s in mentioned if str(s)[0] == "p" and s == param(int(str(s)[1:]))
-    )
-    return found + [f"const int p{i} = int(call.params[{i}]);" for i in params]
+    numbers = (i for i in range(number_of_params) if param(i) in mentioned)
+    return found + [f"const int p{i} = int(call.params[{i}]);" for i in numbers]
 
 
 def number(value: Any) -> str:

@@ -128,7 +128,7 @@ struct QueryBlock {
                      kBlockKeys / kInWord<ValueWord>, true);
   }
 
-  // Products become scores times log2(e) but for a factor, which is returned.
+  // Products become scores, and what is returned makes them powers of 2.
   float finish_scores(const Call& call, int64_t block, bool masked, float* block_scores) {
     const int64_t key = block * kBlockKeys;
     const int64_t keys = call.columns - key < kBlockKeys ? call.columns - key : kBlockKeys;
@@ -143,10 +143,10 @@ struct QueryBlock {
       if (call.key_bias) {
         const float* bias = call.key_bias + batch * call.key_bias_batch_stride +
                             head * call.key_bias_head_stride + key;
-        for (int64_t i = 0; i < keys; ++i) row_scores[i] += kLog2e * bias[i];
+        for (int64_t i = 0; i < keys; ++i) row_scores[i] += bias[i];
       }
     }
-    return 1.0f;
+    return kLog2e;
   }
 
   void weigh(const float* factor, int64_t count) {

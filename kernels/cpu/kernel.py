@@ -48,12 +48,11 @@ class CppKernel:
 
     def cost(self, problem: Problem) -> float:
         """The blocks that are attended to."""
-        shape, spec = problem.shape, problem.spec
+        shape = problem.shape
         batch, rows, columns = shape.hints
         work = 2.0 * batch * shape.heads * rows * columns * (shape.head_dim + shape.value_dim)
-        return work * density(
-            block_structure(spec.mask, rows, columns, *BLOCK, problem.param_hints)
-        )
+        blocks = block_structure(problem.spec.mask, rows, columns, *BLOCK, problem.param_hints)
+        return work * density(blocks) * _TIME[problem.dtype]
 
     def build(self, problem: Problem) -> Attention:
         plan = plan_of(problem)

@@ -33,16 +33,12 @@ static inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b) {
 }
 #endif
 
-// One tile of sums, held in registers over the whole depth.
+// One tile of sums, held in registers over the whole depth. What is there already is added last:
+// short sums of short sums round less than one long sum.
 template <int kRows, int kVectors, typename Word>
 static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b, float* c,
                                  int64_t c_stride, int64_t depth, bool accumulate) {
-  Floats sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-    for (int vector = 0; vector < kVectors; ++vector)
-      sum[row][vector] = accumulate ? load(c + row * c_stride + vector * kLanes) : Floats{};
+  Floats sum[kRows][kVectors] = {};
   for (int64_t step = 0; step < depth; ++step) {
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row)
@@ -54,8 +50,10 @@ static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b,
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
-    for (int vector = 0; vector < kVectors; ++vector)
-      store(c + row * c_stride + vector * kLanes, sum[row][vector]);
+    for (int vector = 0; vector < kVectors; ++vector) {
+      float* to = c + row * c_stride + vector * kLanes;
+      store(to, accumulate ? load(to) + sum[row][vector] : sum[row][vector]);
+    }
 }
 
 // All rows against one panel of kVectors vectors.

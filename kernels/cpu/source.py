@@ -96,13 +96,12 @@ def _score_row(made_for: Configuration) -> str:
     inside = [
         "const int k = first + i;" if k in spec.score.free_symbols | spec.mask.free_symbols else "",
         "const float S = kScale * scores[i];",
-        f"const float score = kLog2e * {score};",
+        f"const float score = {score};",
         f"const bool keep = !kMasked | {mask};" if mask != "true" else "",
         f"scores[i] = {'score' if mask == 'true' else 'keep ? score : -kInfinity'};",
     ]
     return _function(
-        "// Products become scores, times log2(e), for query row q and `keys` keys from `first`;\n"
-        "// -inf where masked.\n"
+        "// Products of query row q with `keys` keys from `first` become scores; -inf where masked.\n"
         "template <bool kMasked>\n"
         "static inline void score_row(const Call& call, int b, int h, int q, int first, int keys,\n"
         "                             float* scores)",
