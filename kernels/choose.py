@@ -142,5 +142,6 @@ def _key(near: list[Kernel], problem: Problem) -> str:
         *(shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim),
     )
     names = sorted(kernel.name for kernel in near)
-    text = repr((problem.spec.key(), sizes, str(problem.dtype), problem.device, names))
+    how = (str(problem.dtype), problem.device, problem.requires_grad)
+    text = repr((problem.spec.key(), sizes, how, names))
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -25,7 +25,12 @@ from adaattn_compiler.kernels.evaluate import evaluate, has_key, positions
 from adaattn_compiler.kernels.flex_inductor import FlexConfig, compile_flex, read_table
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Attention, Problem
-from adaattn_compiler.kernels.through_op import op_call, op_refusal, with_unit_stride
+from adaattn_compiler.kernels.through_op import (
+    op_call,
+    op_refusal,
+    training_refusal,
+    with_unit_stride,
+)
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, Where, b, h, k, param, q
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +53,7 @@ class FlexKernel:
     def refusal(self, problem: Problem) -> str | None:
         if problem.dtype not in _DTYPES:
             return f"not for {problem.dtype}"
-        return op_refusal(problem)
+        return training_refusal(problem) or op_refusal(problem)
 
     def cost(self, problem: Problem) -> float:
         """Attended blocks only."""

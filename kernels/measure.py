@@ -48,7 +48,7 @@ def measured(kernels: Sequence[Kernel], problem: Problem) -> Measured:
     """
     calls = {kernel.name: _call(kernel, problem) for kernel in kernels}
     able = {name: call for name, call in calls.items() if call is not None}
-    with torch.no_grad():
+    with torch.set_grad_enabled(problem.requires_grad):
         for name in list(able):
             if not _works(name, able[name]):
                 del able[name]
@@ -110,7 +110,16 @@ def _call(kernel: Kernel, problem: Problem) -> Callable[[], object] | None:
         for kind, sizes in zip(problem.spec.operands, problem.operand_shapes, strict=True)
     ]
     sizes = Sizes(batch, shape.heads, rows, columns, problem.param_hints)
-    return lambda: attention(q, k, v, operands, sizes)
+    if not problem.requires_grad:
+        return lambda: attention(q, k, v, operands, sizes)
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+
+    def both_ways() -> object:
+        out = attention(q, k, v, operands, sizes)
+        return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    return both_ways
 
 
 def _operand(kind: str, sizes: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

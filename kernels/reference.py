@@ -5,7 +5,8 @@ Every kernel is held to it in float64. It favours being read over being fast: al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ import torch
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, S
 from adaattn_compiler.spec import q as row
+
+# Dropout of the weights of some rows, of which the first is given.
+Dropped = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def attention_by_rows(
@@ -23,20 +27,80 @@ def attention_by_rows(
     params: Sequence[Any],
     spec: AttentionSpec,
     strip: int = 256,
+    lse: torch.Tensor | None = None,
+    dropped: Dropped | None = None,
 ) -> torch.Tensor:
     """The same as `reference_attention`, with the scores of a strip of rows at a time.
 
-    In float32 or better, so that half precision is as accurate as a kernel's.
+    In float32 or better, so that half precision is as accurate as a kernel's. lse: [B,H,M], to be
+    written.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = _wide(q)
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     for start in range(0, q.shape[2], strip):
         part = q[:, :, start : start + strip].to(wide)
-        rows = reference_attention(
-            part, k.to(wide), v.to(wide), operands, params, spec, (start, q.shape[2])
+        rows, sums = _attention(
+            part, k.to(wide), v.to(wide), operands, params, spec, (start, q.shape[2]), dropped
         )
         out[:, :, start : start + strip] = rows.to(q.dtype)
+        if lse is not None:
+            lse[:, :, start : start + strip] = sums
     return out
+
+
+def gradients_by_rows(
+    grad_out: torch.Tensor,
+    qkv: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+    params: Sequence[Any],
+    spec: AttentionSpec,
+    wanted: Sequence[bool],
+    dropped: Dropped | None = None,
+    strip: int = 256,
+) -> list[torch.Tensor]:
+    """Gradients of q, k, v and of the operands that are wanted, by autograd, strip by strip.
+
+    In a thread of its own: inside an op that autograd called, autograd is off for the thread.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        given = (grad_out, qkv, operands, params, spec, wanted, dropped, strip)
+        return thread.submit(_gradients_by_rows, *given).result()
+
+
+def _gradients_by_rows(
+    grad_out: torch.Tensor,
+    qkv: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+    params: Sequence[Any],
+    spec: AttentionSpec,
+    wanted: Sequence[bool],
+    dropped: Dropped | None,
+    strip: int,
+) -> list[torch.Tensor]:
+    wide = _wide(qkv[0])
+    q, k, v = (tensor.detach().to(wide).requires_grad_() for tensor in qkv)
+    extra = [
+        operand.detach().to(wide).requires_grad_() if want else operand
+        for operand, want in zip(operands, wanted, strict=True)
+    ]
+    inputs = [q, k, v, *(operand for operand, want in zip(extra, wanted, strict=True) if want)]
+    sums = [torch.zeros_like(tensor) for tensor in inputs]
+    for start in range(0, q.shape[2], strip):
+        rows = slice(start, start + strip)
+        with torch.enable_grad():
+            out, _ = _attention(
+                q[:, :, rows], k, v, extra, params, spec, (start, q.shape[2]), dropped
+            )
+        found = torch.autograd.grad(out, inputs, grad_out[:, :, rows].to(wide), allow_unused=True)
+        for total, part in zip(sums, found, strict=True):
+            if part is not None:
+                total += part
+    given = [*qkv, *(operand for operand, want in zip(operands, wanted, strict=True) if want)]
+    return [total.to(tensor.dtype) for total, tensor in zip(sums, given, strict=True)]
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def reference_attention(
@@ -54,6 +118,20 @@ def reference_attention(
     spec numbers them. rows_of: (first row, M) where q holds only some of the rows.
     Returns [B,H,M,E] of v's dtype. Dropout is not applied.
     """
+    return _attention(q, k, v, operands, params, spec, rows_of)[0]
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[Any],
+    spec: AttentionSpec,
+    rows_of: tuple[int, int] | None = None,
+    dropped: Dropped | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, log-sum-exp [B,H,M]); dropped: applied to the weights."""
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]
     first, every = rows_of or (0, rows)
@@ -76,11 +154,15 @@ def reference_attention(
         )
         column = sink.expand(batch, heads, rows, 1)
         scores = torch.cat([scores, column], -1)
-    weights = torch.softmax(scores, -1)[..., :columns].to(v.dtype)
-    values_BHNE = v.repeat_interleave(spec.group, 1)
-    out = weights @ values_BHNE
     has_key = (scores != float("-inf")).any(-1, keepdim=True)
-    return _with_empty_rows(out, has_key, values_BHNE, spec)
+    sums = torch.logsumexp(scores, -1)
+    if spec.empty_row is EmptyRow.ZERO:  # such rows have no gradient: not that of NaN
+        scores = torch.where(has_key, scores, torch.zeros((), dtype=scores.dtype))
+    weights = torch.softmax(scores, -1)[..., :columns].to(v.dtype)
+    if dropped is not None:
+        weights = dropped(weights, first)
+    values_BHNE = v.repeat_interleave(spec.group, 1)
+    return _with_empty_rows(weights @ values_BHNE, has_key, values_BHNE, spec), sums
 
 
 def _with_empty_rows(

@@ -25,7 +25,12 @@ from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.evaluate import evaluate_dense, has_key, rank_of
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Attention, Problem
-from adaattn_compiler.kernels.through_op import all_finite, op_call, op_refusal
+from adaattn_compiler.kernels.through_op import (
+    all_finite,
+    op_call,
+    op_refusal,
+    training_refusal,
+)
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, b, h, k, q
 
 aten = torch.ops.aten
@@ -47,7 +52,7 @@ class StripsKernel:
     seconds_to_build: float = 0.0
 
     def refusal(self, problem: Problem) -> str | None:
-        return op_refusal(problem)
+        return training_refusal(problem) or op_refusal(problem)
 
     def cost(self, problem: Problem) -> float:
         """The work of the ranges, with what a mask and a bias by strips add."""

@@ -16,16 +16,19 @@ def op_refusal(problem: Problem) -> str | None:
     spec = problem.spec
     if problem.device != "cpu":
         return "only on the CPU"
-    if problem.requires_grad:
-        return "no backward on the CPU"
-    if spec.dropout_p > 0:
-        return "no dropout"
     if any(isinstance(hint, float) for hint in problem.param_hints):
         return "a number in the score is known only at run time"
     for expression in (spec.score, spec.mask, spec.sink):
         if expression is not None and not is_printable(expression):
             return f"no code for {expression}"
     return None
+
+
+def training_refusal(problem: Problem) -> str | None:
+    """Why a kernel without a backward cannot take a problem."""
+    if problem.requires_grad:
+        return "no backward on the CPU"
+    return "no dropout" if problem.spec.dropout_p > 0 else None
 
 
 def all_finite(*tensors: torch.Tensor) -> bool:

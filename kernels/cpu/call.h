@@ -18,7 +18,9 @@ struct Operand {
 
 struct Call {
   Tensor q, k, v, out;
-  float* lse;  // [B, H, M], natural logarithm; null where nobody asks for it
+  // What the forward pass leaves beside `out`, null where nobody asks for it, of each row [B, H, M]:
+  float* lse;         // the logarithm of the sum of exp(score), natural
+  float* statistics;  // [2]: the largest score times log2(e), and the sum of exp(score - largest)
   int64_t batch, heads, rows, columns;
   const Operand* operands;
   const int64_t* params;
@@ -27,11 +29,26 @@ struct Call {
   // meets, from offsets[i] to offsets[i + 1] of `blocks`, each as 2 * index + (masked inside or not).
   const int32_t* offsets;
   const int32_t* blocks;
-  int64_t list_batch_stride, list_head_stride;  // in lists; 0 where lists are shared
+  int64_t list_batch_stride, list_head_stride;  // of `offsets`; 0 where lists are shared
   const float* key_bias;                        // added to the score of each key; may be null
   int64_t key_bias_batch_stride, key_bias_head_stride;
   int64_t scores_in_bfloat16, values_in_bfloat16;
   int64_t threads;
+  uint64_t seed;  // of dropout
+};
+
+// Where the gradient of an operand goes, float32: a copy for each thread, or one for all of them
+// (copy_stride 0) that is added to atomically.
+struct OperandGradient {
+  float* data;  // null where nobody asks for it
+  int64_t copy_stride;
+  int64_t stride[4];
+};
+
+struct BackwardCall {
+  Call call;  // `out` and `statistics` are read
+  Tensor grad_out, grad_q, grad_k, grad_v;
+  const OperandGradient* gradients;  // one for each operand; null where nobody asks for any
 };
 
 enum Status : int64_t { kDone = 0, kNotFinite = 1, kNoMemory = 2 };

@@ -33,18 +33,38 @@ class _Operand(ctypes.Structure):
         return _Operand(tensor.data_ptr(), (_INT * 4)(*strides[:4]))
 
 
-class Call(ctypes.Structure):
-    """See call.h."""
-
+class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Tensor) for name in ("q", "k", "v", "out")),
-        ("lse", _POINTER),
+        *((name, _POINTER) for name in ("lse", "statistics")),
         *((name, _INT) for name in ("batch", "heads", "rows", "columns")),
         *((name, _POINTER) for name in ("operands", "params", "offsets", "blocks")),
         *((name, _INT) for name in ("list_batch_stride", "list_head_stride")),
         ("key_bias", _POINTER),
         *((name, _INT) for name in ("key_bias_batch_stride", "key_bias_head_stride")),
         *((name, _INT) for name in ("scores_in_bfloat16", "values_in_bfloat16", "threads")),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+class _OperandGradient(ctypes.Structure):
+    _fields_ = (("data", _POINTER), ("copy_stride", _INT), ("stride", _INT * 4))
+
+    @staticmethod
+    def of(copies: torch.Tensor | None) -> _OperandGradient:
+        if copies is None:
+            return _OperandGradient()
+        strides = (*copies.stride()[1:], 0, 0, 0, 0)
+        shared = copies.shape[0] == 1 and torch.get_num_threads() > 1
+        copy_stride = 0 if shared else copies.stride(0)
+        return _OperandGradient(copies.data_ptr(), copy_stride, (_INT * 4)(*strides[:4]))
+
+
+class _BackwardCall(ctypes.Structure):
+    _fields_ = (
+        ("call", _Call),
+        *((name, _Tensor) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        ("gradients", _POINTER),
     )
 
 
@@ -65,41 +85,96 @@ class Plan:
     values_in_bfloat16: bool = False
 
 
-def forward(
+@dataclass(frozen=True)
+class Arguments:
+    """What both passes read, and what the forward pass writes.
+
+    q, k, v, out: [B,heads,length,dim], each with 1 as its last stride. params: the spec's numbers.
+    seed: of dropout. Of each row, contiguous or None: lse [B,H,M], statistics [B,H,M,2] (the
+    largest score times log2(e), the sum of exp(score - largest)), both float32.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    operands: Sequence[torch.Tensor]
+    params: Sequence[int]
+    plan: Plan
+    seed: int = 0
+    lse: torch.Tensor | None = None
+    statistics: torch.Tensor | None = None
+
+
+def forward(compiled: ctypes.CDLL, arguments: Arguments) -> int:
+    """The status of the forward pass; out, and of the rest what is there, are written."""
+    held = _Held.of(arguments)
+    return int(compiled.attention_forward(ctypes.byref(held.call)))
+
+
+def backward(
     compiled: ctypes.CDLL,
-    tensors: Sequence[torch.Tensor],
-    lse: torch.Tensor | None,
-    operands: Sequence[torch.Tensor],
-    params: Sequence[int],
-    plan: Plan,
+    arguments: Arguments,
+    grad_out: torch.Tensor,
+    grads: Sequence[torch.Tensor],
+    operand_grads: Sequence[torch.Tensor | None],
 ) -> int:
-    """The status of the forward pass on (q, k, v, out), each with 1 as its last stride."""
-    q, k, _, _ = tensors
-    batch, heads, rows, _ = q.shape
-    given: dict[str, Any] = dict(zip(("q", "k", "v", "out"), map(_Tensor.of, tensors), strict=True))
-    held = (_Operand * max(len(operands), 1))(*map(_Operand.of, operands))
-    numbers = (_INT * max(len(params), 1))(*params)
-    if plan.key_bias is not None:
-        bias = plan.key_bias
-        given["key_bias"] = bias.data_ptr()
-        given["key_bias_batch_stride"] = bias.stride(0) if bias.shape[0] > 1 else 0
-        given["key_bias_head_stride"] = bias.stride(1) if bias.shape[1] > 1 else 0
-    lists = plan.offsets
-    call = Call(
-        lse=None if lse is None else lse.data_ptr(),
-        batch=batch,
-        heads=heads,
-        rows=rows,
-        columns=k.shape[2],
-        operands=ctypes.cast(held, _POINTER),
-        params=ctypes.cast(numbers, _POINTER),
-        offsets=lists.data_ptr(),
-        blocks=plan.blocks.data_ptr(),
-        list_batch_stride=lists.stride(0) if lists.shape[0] > 1 else 0,
-        list_head_stride=lists.stride(1) if lists.shape[1] > 1 else 0,
-        scores_in_bfloat16=plan.scores_in_bfloat16,
-        values_in_bfloat16=plan.values_in_bfloat16,
-        threads=torch.get_num_threads(),
-        **given,
+    """The status of the backward pass, which writes grads, those of (q, k, v).
+
+    operand_grads: for each operand float32 zeros [threads or 1, *its shape], to be added to, or
+    None.
+    """
+    held = _Held.of(arguments)
+    gradients = (_OperandGradient * max(len(operand_grads), 1))(
+        *map(_OperandGradient.of, operand_grads)
     )
-    return int(compiled.attention_forward(ctypes.byref(call)))
+    wanted = any(grad is not None for grad in operand_grads)
+    call = _BackwardCall(
+        held.call,
+        _Tensor.of(grad_out),
+        *map(_Tensor.of, grads),
+        ctypes.cast(gradients, _POINTER) if wanted else None,
+    )
+    return int(compiled.attention_backward(ctypes.byref(call)))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A call, and the arrays that it points to."""
+
+    call: _Call
+    arrays: tuple[Any, ...]
+
+    @staticmethod
+    def of(given: Arguments) -> _Held:
+        operands = (_Operand * max(len(given.operands), 1))(*map(_Operand.of, given.operands))
+        params = (_INT * max(len(given.params), 1))(*given.params)
+        plan, lists, bias = given.plan, given.plan.offsets, given.plan.key_bias
+        call = _Call(
+            *map(_Tensor.of, (given.q, given.k, given.v, given.out)),
+            *map(_address, (given.lse, given.statistics)),
+            *given.q.shape[:3],
+            given.k.shape[2],
+            ctypes.cast(operands, _POINTER),
+            ctypes.cast(params, _POINTER),
+            lists.data_ptr(),
+            plan.blocks.data_ptr(),
+            *_shared_strides(lists),
+            _address(bias),
+            *((0, 0) if bias is None else _shared_strides(bias)),
+            plan.scores_in_bfloat16,
+            plan.values_in_bfloat16,
+            torch.get_num_threads(),
+            given.seed,
+        )
+        return _Held(call, (operands, params))
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _shared_strides(tensor: torch.Tensor) -> tuple[int, int]:
+    """Strides of batch items and heads, 0 where there is one for all."""
+    batch, head = tensor.shape[:2]
+    return tensor.stride(0) if batch > 1 else 0, tensor.stride(1) if head > 1 else 0

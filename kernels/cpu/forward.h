@@ -1,16 +1,15 @@
 // The forward pass: blocks of query rows in parallel, each over its list of key blocks.
 //
 // Needs, from the generated source: Number (of q, k, v and out), kHeadDim, kValueDim, kGroup, kScale,
-// kPlain (the score is S itself and kScale is positive), kEmptyRow, score_row<kMasked>() and, where
-// there is a sink, sink_of() and ADAATTN_HAS_SINK.
+// kPlain (the score is S itself and kScale is positive), kDropout (the probability), kEmptyRow,
+// score_row<kMasked>() and, where there is a sink, sink_of() and ADAATTN_HAS_SINK.
 
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 
-#include "call.h"
+#include "dropout.h"
+#include "memory.h"
 #include "pack.h"
 #include "softmax.h"
 
@@ -18,23 +17,27 @@
 constexpr int kBlockRows = 64, kStepBlocks = 4;
 constexpr int kStepKeys = kStepBlocks * kBlockKeys;
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-template <typename Item>
-using Buffer = std::unique_ptr<Item[], Free>;
-
-// Room for `count` items, null where there is no memory.
-template <typename Item>
-static Buffer<Item> buffer_of(int64_t count) {
-  const size_t bytes = (size_t(count) * sizeof(Item) + 127) / 64 * 64;
-  return Buffer<Item>(static_cast<Item*>(std::aligned_alloc(64, bytes)));
-}
-
-static inline const Number* row_of(const Tensor& tensor, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const Number*>(tensor.data) + batch * tensor.batch_stride +
-         head * tensor.head_stride + row * tensor.row_stride;
+// Products of a block become scores, and what is returned makes them powers of 2.
+static inline float finish_block(const Call& call, int64_t batch, int64_t head, int64_t first_row,
+                                 int64_t rows, int64_t block, bool masked, float* scores,
+                                 int64_t stride) {
+  const int64_t key = block * kBlockKeys;
+  const int64_t keys = call.columns - key < kBlockKeys ? call.columns - key : kBlockKeys;
+  if (kPlain && !masked && keys == kBlockKeys && !call.key_bias) return kScale * kLog2e;
+  for (int64_t row = 0; row < rows; ++row) {
+    float* row_scores = scores + row * stride;
+    if (masked)
+      score_row<true>(call, batch, head, first_row + row, key, keys, row_scores);
+    else
+      score_row<false>(call, batch, head, first_row + row, key, keys, row_scores);
+    for (int64_t i = keys; i < kBlockKeys; ++i) row_scores[i] = -kInfinity;
+    if (call.key_bias) {
+      const float* bias = call.key_bias + batch * call.key_bias_batch_stride +
+                          head * call.key_bias_head_stride + key;
+      for (int64_t i = 0; i < keys; ++i) row_scores[i] += bias[i];
+    }
+  }
+  return kLog2e;
 }
 
 // All of K and V, packed.
@@ -118,9 +121,10 @@ struct QueryBlock {
       const int64_t block = entries[i] >> 1;
       multiply<kBlockKeys>(rows, queries, kQueryWords, packed.keys_of(batch, head / kGroup, block),
                            scores + i * kBlockKeys, kStepKeys, kQueryWords, false);
-      factor[i] = finish_scores(call, block, entries[i] & 1, scores + i * kBlockKeys);
+      factor[i] = finish_block(call, batch, head, first, rows, block, entries[i] & 1,
+                               scores + i * kBlockKeys, kStepKeys);
     }
-    weigh(factor, count);
+    weigh(call, entries, factor, count);
     for (int64_t i = 0; i < count; ++i)
       multiply<kOut>(rows, weight_words() + i * kBlockKeys / kInWord<ValueWord>,
                      kStepKeys / kInWord<ValueWord>,
@@ -128,29 +132,16 @@ struct QueryBlock {
                      kBlockKeys / kInWord<ValueWord>, true);
   }
 
-  // Products become scores, and what is returned makes them powers of 2.
-  float finish_scores(const Call& call, int64_t block, bool masked, float* block_scores) {
-    const int64_t key = block * kBlockKeys;
-    const int64_t keys = call.columns - key < kBlockKeys ? call.columns - key : kBlockKeys;
-    if (kPlain && !masked && keys == kBlockKeys && !call.key_bias) return kScale * kLog2e;
+  void weigh(const Call& call, const int32_t* entries, const float* factor, int64_t count) {
+    alignas(64) float kept[kDropout > 0.0f ? kStepKeys : 1];
     for (int64_t row = 0; row < rows; ++row) {
-      float* row_scores = block_scores + row * kStepKeys;
-      if (masked)
-        score_row<true>(call, batch, head, first + row, key, keys, row_scores);
-      else
-        score_row<false>(call, batch, head, first + row, key, keys, row_scores);
-      for (int64_t i = keys; i < kBlockKeys; ++i) row_scores[i] = -kInfinity;
-      if (call.key_bias) {
-        const float* bias = call.key_bias + batch * call.key_bias_batch_stride +
-                            head * call.key_bias_head_stride + key;
-        for (int64_t i = 0; i < keys; ++i) row_scores[i] += bias[i];
+      if constexpr (kDropout > 0.0f) {
+        const int64_t place = (batch * call.heads + head) * call.rows + first + row;
+        const uint32_t numbers = row_of_numbers(call.seed, place);
+        for (int64_t i = 0; i < count; ++i)
+          dropout_row(numbers, (entries[i] >> 1) * kBlockKeys, kBlockKeys, kDropout,
+                      kept + i * kBlockKeys);
       }
-    }
-    return kLog2e;
-  }
-
-  void weigh(const float* factor, int64_t count) {
-    for (int64_t row = 0; row < rows; ++row) {
       float* row_scores = scores + row * kStepKeys;
       Weight* row_weights;
       if constexpr (std::is_same_v<Weight, float>)
@@ -158,7 +149,8 @@ struct QueryBlock {
       else
         row_weights = weights + row * kStepKeys;
       const float scale =
-          weigh_row<kBlockKeys>(state[row], row_scores, factor, count, row_weights);
+          weigh_row<kBlockKeys>(state[row], row_scores, factor, count,
+                                kDropout > 0.0f ? kept : nullptr, row_weights);
       if (scale != 1.0f)
         for (int e = 0; e < kOut; e += kLanes)
           store(out + row * kOut + e, load(out + row * kOut + e) * scale);
@@ -183,9 +175,13 @@ struct QueryBlock {
       largest = both;
 #endif
       Number* to = const_cast<Number*>(row_of(call.out, batch, head, first + row));
+      const int64_t place = (batch * call.heads + head) * call.rows + first + row;
       if (call.lse)
-        call.lse[(batch * call.heads + head) * call.rows + first + row] =
-            largest == -kInfinity ? -kInfinity : kLn2 * largest + std::log(sum);
+        call.lse[place] = largest == -kInfinity ? largest : kLn2 * largest + std::log(sum);
+      if (call.statistics) {
+        call.statistics[2 * place] = largest;
+        call.statistics[2 * place + 1] = sum;
+      }
       if (largest == -kInfinity) {
         fill_empty_row(call, batch, head / kGroup, to);
         continue;

@@ -10,9 +10,11 @@ from adaattn_compiler.kernels.blocks import block_structure, density
 from adaattn_compiler.kernels.cpu.expressions import NoCpp
 from adaattn_compiler.kernels.cpu.library import CannotBuild, compiler
 from adaattn_compiler.kernels.cpu.runner import BLOCK, configuration_of, cpp_runner, plan_of
-from adaattn_compiler.kernels.cpu.source import source_of
+from adaattn_compiler.kernels.cpu.source import gradient_source_of, source_of
+from adaattn_compiler.kernels.cpu.training import training_call
 from adaattn_compiler.kernels.problem import Attention, Problem
 from adaattn_compiler.kernels.through_op import op_call, op_refusal
+from adaattn_compiler.spec import EmptyRow
 
 # Time per unit of work beside SDPA's own, where nothing was measured.
 _TIME = {torch.float32: 0.8, torch.bfloat16: 0.5, torch.float16: 0.8}
@@ -39,9 +41,12 @@ class CppKernel:
         refused = op_refusal(problem)
         if refused is not None:
             return refused
+        if problem.requires_grad and problem.spec.empty_row is EmptyRow.UNIFORM:
+            return "the gradient of a row without a key, filled with a number, is another"
+        made_for = configuration_of(problem)
         try:
             compiler()
-            source_of(configuration_of(problem))
+            gradient_source_of(made_for) if trains(problem) else source_of(made_for)
         except (NoCpp, CannotBuild) as error:
             return str(error)
         return None
@@ -56,5 +61,13 @@ class CppKernel:
 
     def build(self, problem: Problem) -> Attention:
         plan = plan_of(problem)
-        cpp_runner(plan)  # built now: a failure must be known before the graph is written
-        return op_call(plan)
+        runner = cpp_runner(plan)  # built now: a failure must be known before the graph is written
+        if not trains(problem):
+            return op_call(plan)
+        runner.build_backward()
+        return training_call(plan, problem.spec.dropout_p)
+
+
+def trains(problem: Problem) -> bool:
+    """Whether it takes the op that has a gradient and dropout."""
+    return problem.requires_grad or problem.spec.dropout_p > 0

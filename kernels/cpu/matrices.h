@@ -1,7 +1,8 @@
 // C (+)= A B for a block of keys: the two products of attention, from packed panels.
 //
-// A is [rows, depth] by rows. B is packed: panels of kPanel columns, each [depth, kPanel]. A word is
-// 32 bits of depth: one float, or two bfloat16 that one instruction multiplies and adds in pairs.
+// A is [rows, depth], or transposed as it lies, [depth, rows]: one element of it at a time goes to all
+// lanes, so either will do. B is packed: panels of kPanel columns, each [depth, kPanel]. A word is 32
+// bits of depth: one float, or two bfloat16 that one instruction multiplies and adds in pairs.
 
 #pragma once
 
@@ -35,7 +36,7 @@ static inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b) {
 
 // One tile of sums, held in registers over the whole depth. What is there already is added last:
 // short sums of short sums round less than one long sum.
-template <int kRows, int kVectors, typename Word>
+template <int kRows, int kVectors, bool kTransposed, typename Word>
 static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b, float* c,
                                  int64_t c_stride, int64_t depth, bool accumulate) {
   Floats sum[kRows][kVectors] = {};
@@ -44,8 +45,9 @@ static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b,
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
       for (int vector = 0; vector < kVectors; ++vector)
-        sum[row][vector] = multiply_add(sum[row][vector], a[row * a_stride + step],
-                                        b + step * kVectors * kLanes + vector * kLanes);
+        sum[row][vector] = multiply_add(
+            sum[row][vector], kTransposed ? a[step * a_stride + row] : a[row * a_stride + step],
+            b + step * kVectors * kLanes + vector * kLanes);
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
@@ -57,33 +59,33 @@ static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b,
 }
 
 // All rows against one panel of kVectors vectors.
-template <int kVectors, typename Word>
+template <int kVectors, bool kTransposed, typename Word>
 static void multiply_panel(int64_t rows, const Word* a, int64_t a_stride, const Word* b, float* c,
                            int64_t c_stride, int64_t depth, bool accumulate) {
+  const int64_t next_row = kTransposed ? 1 : a_stride;
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows)
-    multiply_tile<kTileRows, kVectors>(a + row * a_stride, a_stride, b, c + row * c_stride,
-                                       c_stride, depth, accumulate);
-  const Word* rest = a + row * a_stride;
+    multiply_tile<kTileRows, kVectors, kTransposed>(a + row * next_row, a_stride, b,
+                                                    c + row * c_stride, c_stride, depth, accumulate);
+  const Word* rest = a + row * next_row;
   float* out = c + row * c_stride;
-  switch (rows - row) {
-    case 5: return multiply_tile<5, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
-    case 4: return multiply_tile<4, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
-    case 3: return multiply_tile<3, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
-    case 2: return multiply_tile<2, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
-    case 1: return multiply_tile<1, kVectors>(rest, a_stride, b, out, c_stride, depth, accumulate);
-  }
+#define REST(kRows)                                                                             \
+  case kRows:                                                                                   \
+    return multiply_tile<kRows, kVectors, kTransposed>(rest, a_stride, b, out, c_stride, depth, \
+                                                       accumulate);
+  switch (rows - row) { REST(5) REST(4) REST(3) REST(2) REST(1) }
+#undef REST
 }
 
 // C [rows, kColumns] (+)= A [rows, depth] B, kColumns a multiple of the lanes.
-template <int kColumns, typename Word>
+template <int kColumns, bool kTransposed = false, typename Word>
 static void multiply(int64_t rows, const Word* a, int64_t a_stride, const Word* b, float* c,
                      int64_t c_stride, int64_t depth, bool accumulate) {
-  constexpr int kWhole = kColumns / kPanel * kPanel;
+  constexpr int kWhole = kColumns / kPanel * kPanel, kRest = kColumns - kWhole;
   for (int column = 0; column < kWhole; column += kPanel)
-    multiply_panel<kPanelVectors>(rows, a, a_stride, b + column * depth, c + column, c_stride,
-                                  depth, accumulate);
-  if constexpr (kColumns > kWhole)
-    multiply_panel<(kColumns - kWhole) / kLanes>(rows, a, a_stride, b + kWhole * depth, c + kWhole,
-                                                 c_stride, depth, accumulate);
+    multiply_panel<kPanelVectors, kTransposed>(rows, a, a_stride, b + column * depth, c + column,
+                                               c_stride, depth, accumulate);
+  if constexpr (kRest > 0)
+    multiply_panel<kRest / kLanes, kTransposed>(rows, a, a_stride, b + kWhole * depth, c + kWhole,
+                                                c_stride, depth, accumulate);
 }

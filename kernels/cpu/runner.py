@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import ast
+import ctypes
+import dataclasses
 import functools
 from collections.abc import Sequence
 
 import torch
 
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
-from adaattn_compiler.kernels.cpu.call import DONE, NO_MEMORY, NOT_FINITE, Plan, forward
+from adaattn_compiler.kernels.cpu.call import (
+    DONE,
+    NO_MEMORY,
+    NOT_FINITE,
+    Arguments,
+    Plan,
+    backward,
+    forward,
+)
 from adaattn_compiler.kernels.cpu.library import library
-from adaattn_compiler.kernels.cpu.source import Configuration, source_of
+from adaattn_compiler.kernels.cpu.source import (
+    Configuration,
+    gradient_operands,
+    gradient_source_of,
+    source_of,
+)
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Problem
-from adaattn_compiler.kernels.reference import attention_by_rows
+from adaattn_compiler.kernels.reference import Dropped, attention_by_rows, gradients_by_rows
 from adaattn_compiler.kernels.through_op import with_unit_stride
 from adaattn_compiler.spec import AttentionSpec
 
@@ -62,7 +77,10 @@ def cpp_runner(plan: str) -> CppRunner:
 
 
 class CppRunner:
-    """A library with the plans of the lengths that it has met."""
+    """A library with the plans of the lengths that it has met.
+
+    differentiable: the operands to which a gradient can flow.
+    """
 
     carries_nan = True
 
@@ -71,6 +89,7 @@ class CppRunner:
         self.made_for = made_for
         self._library = library(source_of(made_for))
         self._dtypes = tuple(getattr(torch, name) for name in made_for.operands)
+        self.differentiable = gradient_operands(self.spec)
         self._plans: Kept[Plan] = Kept(_KEPT_LENGTHS)
 
     def __call__(
@@ -81,39 +100,108 @@ class CppRunner:
         operands: Sequence[torch.Tensor],
         params: Sequence[int],
         plan: Plan | None = None,
-        lse_BHM: torch.Tensor | None = None,
+        seed: int = 0,
+        lse: torch.Tensor | None = None,
+        statistics: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; ValueError for tensors that it was not made for.
 
-        plan: other block lists, biases and precision than the spec's own. lse_BHM: float32, to be
-        written.
+        plan: other block lists, biases and precision than the spec's own. seed: of dropout.
+        lse, statistics: to be written (see Arguments).
         """
         self._check(q_BHMD, k_BGND, v_BGNE, operands)
         batch, heads, rows, _ = q_BHMD.shape
-        columns = k_BGND.shape[2]
+        if plan is None:
+            plan = self._exact_plan(rows, k_BGND.shape[2], params)
+        else:
+            _check_plan(plan, (batch, heads, rows, k_BGND.shape[2]))
         out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
-        stored = [
+        arguments = Arguments(
+            with_unit_stride(q_BHMD),
+            with_unit_stride(k_BGND),
+            with_unit_stride(v_BGNE),
+            out,
+            self._stored(operands),
+            params,
+            plan,
+            seed,
+            lse,
+            statistics,
+        )
+        status = forward(self._library, arguments)
+        if not _is_done(status):
+            # Skipped and masked keys would not carry NaN where it belongs; written out, it does.
+            dropped = _dropped(self.spec, seed)
+            return attention_by_rows(
+                q_BHMD, k_BGND, v_BGNE, operands, params, self.spec, lse=lse, dropped=dropped
+            )
+        return out
+
+    @functools.cached_property
+    def _gradient_library(self) -> ctypes.CDLL:
+        return library(gradient_source_of(self.made_for))
+
+    def build_backward(self) -> None:
+        """Build what `backward` needs. Raises CannotBuild, NoCpp."""
+        assert self._gradient_library
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        arguments: Arguments,
+        wanted: Sequence[bool],
+    ) -> list[torch.Tensor]:
+        """The gradients of q, k and v, and of the operands that are wanted, as those are shaped.
+
+        arguments: with out and statistics as the forward pass left them; its plan is not read.
+        """
+        q, k, v, operands = arguments.q, arguments.k, arguments.v, arguments.operands
+        self._check(q, k, v, operands)
+        plan = self._exact_plan(q.shape[2], k.shape[2], arguments.params)
+        grads = [
+            t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
+            for t in (q, k, v)
+        ]
+        copies = [
+            _gradient_copies(operand) if want else None
+            for operand, want in zip(operands, wanted, strict=True)
+        ]
+        given = dataclasses.replace(
+            arguments,
+            q=with_unit_stride(q),
+            k=with_unit_stride(k),
+            v=with_unit_stride(v),
+            out=with_unit_stride(arguments.out),
+            operands=self._stored(operands),
+            plan=plan,
+        )
+        status = backward(self._gradient_library, given, with_unit_stride(grad_out), grads, copies)
+        if not _is_done(status):
+            return gradients_by_rows(
+                grad_out,
+                (q, k, v),
+                operands,
+                arguments.params,
+                self.spec,
+                wanted,
+                _dropped(self.spec, arguments.seed),
+            )
+        found = zip(copies, operands, strict=True)
+        return grads + [c.sum(0).to(o.dtype) for c, o in found if c is not None]
+
+    def _stored(self, operands: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [
             with_unit_stride(operand.to(dtype))
             for operand, dtype in zip(operands, self._dtypes, strict=True)
         ]
-        if plan is None:
-            key = (rows, columns, *params)
-            plan = self._plans.get(key, lambda: self._exact_plan(rows, columns, params))
-        else:
-            _check_plan(plan, (batch, heads, rows, columns))
-        tensors = [*map(with_unit_stride, (q_BHMD, k_BGND, v_BGNE)), out]
-        status = forward(self._library, tensors, lse_BHM, stored, params, plan)
-        if status == NO_MEMORY:
-            raise MemoryError("no memory for the packed keys and values")
-        if status == NOT_FINITE:
-            # Skipped and masked keys would not carry NaN where it belongs; written out, it does.
-            return attention_by_rows(q_BHMD, k_BGND, v_BGNE, operands, params, self.spec)
-        assert status == DONE
-        return out
 
     def _exact_plan(self, rows: int, columns: int, params: Sequence[int]) -> Plan:
         """The lists of the spec's own mask."""
-        return Plan(*lists_of(block_structure(self.spec.mask, rows, columns, *BLOCK, params)))
+
+        def made() -> Plan:
+            return Plan(*lists_of(block_structure(self.spec.mask, rows, columns, *BLOCK, params)))
+
+        return self._plans.get((rows, columns, *params), made)
 
     def _check(
         self,
@@ -142,6 +230,37 @@ class CppRunner:
         for operand, kind in zip(operands, self.spec.operands, strict=True):
             if operand.dim() != kind.rank:
                 raise ValueError(f"an operand of {operand.dim()} axes instead of {kind.rank}")
+
+
+def _is_done(status: int) -> bool:
+    """False where something is NaN or infinite."""
+    if status == NO_MEMORY:
+        raise MemoryError("no memory for the packed queries, keys and values")
+    assert status in (DONE, NOT_FINITE)
+    return status == DONE
+
+
+# Gradients of operands up to this many elements have a copy for each thread.
+_COPIED_ELEMENTS = 1 << 20
+
+
+def _gradient_copies(operand: torch.Tensor) -> torch.Tensor:
+    """Zeros for an operand's gradient [copies, *shape], float32."""
+    copies = torch.get_num_threads() if operand.numel() <= _COPIED_ELEMENTS else 1
+    return torch.zeros(copies, *operand.shape)
+
+
+def _dropped(spec: AttentionSpec, seed: int) -> Dropped | None:
+    """Dropout of a strip's weights by the seed, the same each time."""
+    if spec.dropout_p == 0:
+        return None
+
+    def dropped(weights: torch.Tensor, first_row: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed((seed + first_row) & ((1 << 63) - 1))
+        keep = torch.rand(weights.shape, generator=generator) >= spec.dropout_p
+        return weights * keep / (1 - spec.dropout_p)
+
+    return dropped
 
 
 def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,10 +27,11 @@ static inline void store_weights(Bfloat16* at, Floats weights) {
 #endif
 
 // Scores of one row become weights, 2^(factor * score - largest), in blocks of kBlock keys; returns
-// what earlier sums and outputs of the row must be multiplied by.
+// what earlier sums and outputs of the row must be multiplied by. `kept`, where it is not null, is
+// what dropout multiplies each weight by, after it was summed.
 template <int kBlock, typename Weight>
 static inline float weigh_row(RowState& state, const float* scores, const float* factor,
-                              int64_t blocks, Weight* weights) {
+                              int64_t blocks, const float* kept, Weight* weights) {
   float largest = state.largest;
   for (int64_t block = 0; block < blocks; ++block) {
     Floats seen = load(scores + block * kBlock);
@@ -51,7 +52,7 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
       const Floats x = load(scores + key) * factor[block] - largest;
       const Floats weight = exp2_of_negative<!std::is_same_v<Weight, float>>(x);
       sum += weight;
-      store_weights(weights + key, weight);
+      store_weights(weights + key, kept ? weight * load(kept + key) : weight);
     }
   state.sum = sum;
   state.largest = largest;

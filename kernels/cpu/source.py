@@ -5,10 +5,14 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from adaattn_compiler.kernels.cpu.expressions import ELEMENTS, Row, sizes_of
+import sympy
+
+from adaattn_compiler.kernels.cpu.derivatives import conditional_loads, derivative
+from adaattn_compiler.kernels.cpu.expressions import ELEMENTS, Row, number, sizes_of
 from adaattn_compiler.predicates import describe
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, S, k
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S, k
 
 HEADERS = Path(__file__).parent
 
@@ -24,7 +28,7 @@ _EMPTY_ROWS = {
 class Configuration:
     """What one library is generated for.
 
-    dtype: of q, k, v and the result; operands: of the spec's operands, names of torch dtypes.
+    dtype: of q, k, v and the result; operands: of the spec's operands; names of torch dtypes.
     """
 
     spec: AttentionSpec
@@ -33,38 +37,65 @@ class Configuration:
     value_dim: int
     operands: tuple[str, ...]
 
+    def row(self) -> Row:
+        """A row whose expressions read these operands."""
+        return Row([ELEMENTS[name] for name in self.operands])
+
 
 def source_of(made_for: Configuration) -> str:
-    """C++ that includes the headers of this folder. NoCpp where an expression has no form."""
-    parts = [
+    """The forward pass; it includes headers of this folder. NoCpp: an expression has no form."""
+    return _joined(
         _comment(made_for),
         '#include "expressions.h"',
         _constants(made_for),
         _score_row(made_for),
         _sink(made_for),
         '#include "forward.h"',
-        _ENTRY,
-    ]
+        _FORWARD,
+    )
+
+
+def gradient_source_of(made_for: Configuration) -> str:
+    """The backward pass, likewise."""
+    return _joined(
+        _comment(made_for),
+        '#include "expressions.h"\n#include "gradients.h"',
+        _constants(made_for),
+        _score_row(made_for),
+        _sink(made_for),
+        _gradient_row(made_for),
+        _sink_gradient(made_for),
+        '#include "backward.h"',
+        _BACKWARD,
+    )
+
+
+def gradient_operands(spec: AttentionSpec) -> frozenset[int]:
+    """The operands to which a gradient can flow: what the score or the sink adds or scales."""
+    found = (_float_loads(spec, expression) for expression in (spec.score, spec.sink))
+    return frozenset(int(load.args[0]) for loads in found for load in loads)
+
+
+def _joined(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _comment(made_for: Configuration) -> str:
     spec = made_for.spec
+    dims = f"head dimension {made_for.head_dim}"
+    if made_for.value_dim != made_for.head_dim:
+        dims += f" (values {made_for.value_dim})"
     text = [
-        f"Attention of {made_for.dtype}, head dimension {made_for.head_dim}"
-        + (f" (values {made_for.value_dim})" if made_for.value_dim != made_for.head_dim else "")
-        + f", {spec.group} query head(s) for each key head.",
+        f"Attention of {made_for.dtype}, {dims}, {spec.group} query head(s) for each key head.",
         f"score: {spec.score}    mask: {describe(spec.mask)}",
         f"where S is {spec.scale!r} times the product of a query row q and a key row k",
     ]
     if spec.sink is not None:
         text.append(f"sink: {spec.sink}")
     if spec.operands:
-        operands = (
-            f"{i}: {dtype}[{o.rank}]"
-            for i, (o, dtype) in enumerate(zip(spec.operands, made_for.operands, strict=True))
-        )
-        text.append(f"operands: {', '.join(operands)}")
+        kinds = zip(made_for.operands, spec.operands, strict=True)
+        named = (f"{i}: {dtype}, {operand.rank} axes" for i, (dtype, operand) in enumerate(kinds))
+        text.append(f"operands: {'; '.join(named)}")
     lines = [line for part in text for line in textwrap.wrap(part, 96, break_long_words=False)]
     return "\n".join(f"// {line}" for line in lines)
 
@@ -75,44 +106,28 @@ def _constants(made_for: Configuration) -> str:
     return f"""using Number = {ELEMENTS[made_for.dtype]};
 constexpr int kHeadDim = {made_for.head_dim}, kValueDim = {made_for.value_dim};
 constexpr int kGroup = {spec.group};
-constexpr float kScale = {_scale(spec)};
-constexpr bool kPlain = {_flag(plain)};
+constexpr float kScale = {float_literal(spec.scale)}, kDropout = {float_literal(spec.dropout_p)};
+constexpr bool kPlain = {"true" if plain else "false"};
 constexpr EmptyRow kEmptyRow = EmptyRow::{_EMPTY_ROWS[spec.empty_row]};"""
-
-
-def _scale(spec: AttentionSpec) -> str:
-    return f"{spec.scale!r}f"
-
-
-def _flag(value: bool) -> str:
-    return "true" if value else "false"
 
 
 def _score_row(made_for: Configuration) -> str:
     """The function that makes scores of one row's products with the keys of one block."""
-    spec = made_for.spec
-    row = Row([ELEMENTS[name] for name in made_for.operands])
+    spec, row = made_for.spec, made_for.row()
     score, mask = row.printed(spec.score), row.printed(spec.mask)
     inside = [
-        "const int k = first + i;" if k in spec.score.free_symbols | spec.mask.free_symbols else "",
+        _key_of_step(spec.score, spec.mask),
         "const float S = kScale * scores[i];",
         f"const float score = {score};",
         f"const bool keep = !kMasked | {mask};" if mask != "true" else "",
         f"scores[i] = {'score' if mask == 'true' else 'keep ? score : -kInfinity'};",
     ]
     return _function(
-        "// Products of query row q with `keys` keys from `first` become scores; -inf where masked.\n"
+        "// Products of query row q with `keys` keys from `first` become scores, -inf if masked.\n"
         "template <bool kMasked>\n"
         "static inline void score_row(const Call& call, int b, int h, int q, int first, int keys,\n"
         "                             float* scores)",
-        [
-            *sizes_of(spec.params, spec.score, spec.mask),
-            *row.statements,
-            "#pragma GCC ivdep",
-            "for (int i = 0; i < keys; ++i) {",
-            *(f"  {line}" for line in inside if line),
-            "}",
-        ],
+        [*sizes_of(spec.params, spec.score, spec.mask), *row.statements, *_loop(inside)],
     )
 
 
@@ -120,7 +135,7 @@ def _sink(made_for: Configuration) -> str:
     spec = made_for.spec
     if spec.sink is None:
         return ""
-    row = Row([ELEMENTS[name] for name in made_for.operands])
+    row = made_for.row()
     sink = row.printed(spec.sink)
     return _function(
         "// The logit of the sink.\n"
@@ -130,12 +145,137 @@ def _sink(made_for: Configuration) -> str:
     )
 
 
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def _float_loads(spec: AttentionSpec, expression: Any) -> list[Load]:
+    """What an expression reads of float operands, as values (not as places to read at)."""
+    if expression is None:
+        return []
+    loads = (load for load in expression.atoms(Load) if _is_float(spec, load))
+    return sorted((load for load in loads if derivative(expression, load) != 0), key=str)
+
+
+def _is_float(spec: AttentionSpec, load: Load) -> bool:
+    return spec.operands[int(load.args[0])].kind == "float"
+
+
+def _gradient_row(made_for: Configuration) -> str:
+    """The function that hands a row's gradient on to the operands and to S."""
+    spec = made_for.spec
+    by_product = derivative(spec.score, S)
+    body = []
+    for load in _float_loads(spec, spec.score):
+        body += _gradient_of_load(made_for, spec.score, load)
+    if by_product != 1:
+        row = made_for.row()
+        text = row.printed(by_product)
+        inside = [
+            _key_of_step(by_product),
+            "const float S = kScale * products[i];" if by_product.has(S) else "",
+            f"gradient[i] *= {text};",
+        ]
+        body += [*row.statements, *_loop(inside)]
+    mentioned = sizes_of(spec.params, spec.score)
+    return _function(
+        f"constexpr bool kGradientOfScore = {'true' if by_product != 1 else 'false'};\n"
+        "\n"
+        "// The gradient of one row's scores: added up for what the score reads, made that of S.\n"
+        "static inline void gradient_row(const BackwardCall& backward, int b, int h, int q,\n"
+        "                                int first, int keys, const float* products,\n"
+        "                                float* gradient)",
+        ["const Call& call = backward.call;", *mentioned, *body],
+    )
+
+
+def _gradient_of_load(made_for: Configuration, score: Any, load: Load) -> list[str]:
+    """Statements that add a row's gradient to where one load reads."""
+    operand, index = int(load.args[0]), load.args[1:]
+    row = made_for.row()
+    by_load = derivative(score, load)
+    factor = row.printed(by_load)
+    by_key = [place for place in index if place.has(k)]
+    whole_row = not by_key
+    start = [
+        f"if (float* to = gradient_of(backward, {operand})) {{",
+        f"  const bool shared = is_shared(backward, {operand});",
+        *(f"  to += {line};" for line in _steps(row, operand, index if whole_row else index[:-1])),
+    ]
+    product = "const float S = kScale * products[i];" if by_load.has(S) else ""
+    common = [_key_of_step(load, by_load), product]
+    if whole_row:
+        loop = _loop([*common, f"sum += {factor} * gradient[i];"], independent=False)
+        loop = ["float sum = 0;", *loop, "add(to, sum, shared);"]
+    else:
+        place = row.printed(index[-1], lazily=True)
+        condition = "if (factor != 0) " if load in conditional_loads(score) else ""
+        add = f"{condition}add(to + {place}, factor * gradient[i], shared);"
+        loop = _loop([*common, f"const float factor = {factor};", add], independent=False)
+    hoisted = [f"  {line}" for line in row.statements]
+    return [*start, *hoisted, *(f"  {line}" for line in loop), "}"]
+
+
+def _steps(row: Row, operand: int, index: Any) -> list[str]:
+    """From the start of an operand's gradient to a place in it."""
+    return [
+        f"int64_t({row.printed(place, lazily=True)}) * backward.gradients[{operand}].stride[{axis}]"
+        for axis, place in enumerate(index)
+        if place != 0
+    ]
+
+
+def _sink_gradient(made_for: Configuration) -> str:
+    spec = made_for.spec
+    if spec.sink is None:
+        return ""
+    body = []
+    for load in _float_loads(spec, spec.sink):
+        row = made_for.row()
+        operand = int(load.args[0])
+        factor = row.printed(derivative(spec.sink, load))
+        body += [
+            f"if (float* to = gradient_of(backward, {operand})) {{",
+            *(f"  to += {line};" for line in _steps(row, operand, load.args[1:])),
+            *(f"  {line}" for line in row.statements),
+            f"  add(to, {factor} * gradient, is_shared(backward, {operand}));",
+            "}",
+        ]
+    return _function(
+        "// The gradient of one row's sink.\n"
+        "static inline void sink_gradient(const BackwardCall& backward, int b, int h, int q,\n"
+        "                                 float gradient)",
+        ["const Call& call = backward.call;", *sizes_of(spec.params, spec.sink), *body],
+    )
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def float_literal(value: float) -> str:
+    """A number as a C++ float."""
+    return number(sympy.Float(value))
+
+
+def _key_of_step(*expressions: Any) -> str:
+    return "const int k = first + i;" if any(e.has(k) for e in expressions) else ""
+
+
+def _loop(inside: list[str], *, independent: bool = True) -> list[str]:
+    """A loop over the keys; independent: its steps may be taken in any order."""
+    lines = (f"  {line}" for line in inside if line)
+    loop = ["for (int i = 0; i < keys; ++i) {", *lines, "}"]
+    return ["#pragma GCC ivdep", *loop] if independent else loop
+
+
 def _function(head: str, lines: list[str]) -> str:
     body = "\n".join(line if line.startswith("#") else f"  {line}" for line in lines)
     return f"{head} {{\n{body}\n}}"
 
 
-_ENTRY = """// The words in which the products are computed: floats, or pairs of bfloat16.
-extern "C" int64_t attention_forward(const Call* call) {
+_FORWARD = """extern "C" int64_t attention_forward(const Call* call) {
   return forward_in_precision(*call);
+}"""
+
+_BACKWARD = """extern "C" int64_t attention_backward(const BackwardCall* backward) {
+  return backward_in_precision(*backward);
 }"""
