@@ -33,8 +33,8 @@ _SURELY_SLOWER = 6.0
 # What takes longer to build takes part where its estimate is below this share of the best of those
 # that are there sooner.
 _WORTH_BUILDING = 0.9
-# Operations below which nothing is worth building for (about half a millisecond).
-_SMALL = 1.0e8
+# Operations below which nothing is worth building for (some tenths of a millisecond).
+_SMALL = 3.0e7
 
 # The op must be registered wherever a kernel may be chosen.
 OP = ops.attention

@@ -57,11 +57,10 @@ class FlexKernel:
 
     def cost(self, problem: Problem) -> float:
         """Attended blocks only."""
-        shape, spec = problem.shape, problem.spec
-        batch, rows, columns = shape.hints
-        work = 2.0 * batch * shape.heads * rows * columns * (shape.head_dim + shape.value_dim)
-        attended = density(block_structure(spec.mask, rows, columns, *_BLOCK, problem.param_hints))
-        return work * attended * _SLOWER[problem.dtype]
+        _, rows, columns = problem.shape.hints
+        mask = problem.spec.mask
+        attended = density(block_structure(mask, rows, columns, *_BLOCK, problem.param_hints))
+        return problem.work(attended) * _SLOWER[problem.dtype]
 
     def build(self, problem: Problem) -> Attention:
         plan = plan_of(problem)

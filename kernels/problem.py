@@ -58,6 +58,20 @@ class Problem:
         usual = {"bool": torch.bool, "int": torch.int64, "float": torch.float32}
         return self.operand_dtypes or tuple(usual[o.kind] for o in self.spec.operands)
 
+    def work(self, attended: float = 1.0) -> float:
+        """Operations of the two products over a share of all (row, key) pairs, or what reading q, k
+        and v takes in the time of so many operations."""
+        shape = self.shape
+        batch, rows, columns = shape.hints
+        dims = shape.head_dim + shape.value_dim
+        products = 2.0 * batch * shape.heads * rows * columns * dims * attended
+        elements = batch * (shape.heads * rows + shape.kv_heads * columns) * dims
+        return max(products, _OPERATIONS_PER_BYTE * self.dtype.itemsize * elements)
+
+
+# Of one core: some 100 billion operations and 15 billion bytes a second.
+_OPERATIONS_PER_BYTE = 7.0
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -46,9 +46,7 @@ class SdpaKernel:
 
     def cost(self, problem: Problem) -> float:
         """Whole squares unless causal."""
-        spec, shape = problem.spec, problem.shape
-        batch, rows, columns = shape.hints
-        work = 2.0 * batch * shape.heads * rows * columns * (shape.head_dim + shape.value_dim)
+        spec, work = problem.spec, problem.work()
         if spec.dropout_p > 0:
             return work * 4
         if spec.mask == CAUSAL and spec.bias == 0:

@@ -341,13 +341,13 @@ struct KeyBlock {
       std::memset(grads + rows * kBlock, 0, sizeof(float) * kBlock);
     }
     for (int64_t row = 0; row < rows; row += 2)
-      for (int64_t key = 0; key < kBlock; ++key) {
-        const int64_t at = row * kBlock + key;
-        weight_pairs[row / 2 * kBlock + key] = pair_of(weights[at], weights[at + kBlock]);
-        grad_pairs[row / 2 * kBlock + key] = pair_of(grads[at], grads[at + kBlock]);
+      for (int lane = 0; lane < kBlock; lane += kLanes) {
+        const int64_t at = row * kBlock + lane, pair = row / 2 * kBlock + lane;
+        store_pairs(weight_pairs + pair, load(weights + at), load(weights + at + kBlock));
+        store_pairs(grad_pairs + pair, load(grads + at), load(grads + at + kBlock));
       }
-    for (int64_t at = 0; at < rows * kBlock / 2; ++at)
-      grad_rows[at] = pair_of(grads[2 * at], grads[2 * at + 1]);
+    for (int64_t at = 0; at < rows * kBlock; at += kLanes)
+      store_rounded(reinterpret_cast<Bfloat16*>(grad_rows) + at, load(grads + at));
   }
 
   void finish(const Memory& memory, int64_t batch, int64_t kv_head, int64_t block) {

@@ -172,7 +172,7 @@ class Row:
     def _pointer(self, operand: int, index: Sequence[Any], lazily: bool = False) -> str:
         """Where an operand's element is; the last stride is 1."""
         if len(index) > _MOST_AXES:
-            raise NoCpp(f"an operand of {len(index)} axes")
+            raise NoCpp(f"an operand of more than {_MOST_AXES} axes")
         element = self.elements[operand]
         stored = "uint8_t" if element == "bool" else element
         text = f"elements_of<{stored}>(call, {operand})"

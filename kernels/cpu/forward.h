@@ -40,6 +40,41 @@ static inline float finish_block(const Call& call, int64_t batch, int64_t head, 
   return kLog2e;
 }
 
+static void fill_empty_row(const Call& call, int64_t batch, int64_t head, Number* to) {
+  if constexpr (kEmptyRow == EmptyRow::kUniform) {
+    double sum[kValueDim] = {};
+    for (int64_t key = 0; key < call.columns; ++key)
+      for (int e = 0; e < kValueDim; ++e) sum[e] += to_float(row_of(call.v, batch, head, key)[e]);
+    for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(float(sum[e] / call.columns));
+  } else {
+    for (int e = 0; e < kValueDim; ++e)
+      to[e] = from_float<Number>(kEmptyRow == EmptyRow::kNaN ? kNaN : 0.0f);
+  }
+}
+
+// The result of one row from its maximum, its sum and its weighted sum of values.
+static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t row, float largest,
+                       float sum, const float* weighted) {
+  float scale = 1.0f;
+#if ADAATTN_HAS_SINK
+  const float sink = kLog2e * sink_of(call, batch, head, row);
+  const float both = largest > sink ? largest : sink;
+  scale = largest == -kInfinity ? 0.0f : std::exp2(largest - both);
+  sum = sum * scale + (sink == -kInfinity ? 0.0f : std::exp2(sink - both));
+  largest = both;
+#endif
+  const int64_t place = (batch * call.heads + head) * call.rows + row;
+  if (call.lse) call.lse[place] = largest == -kInfinity ? largest : kLn2 * largest + std::log(sum);
+  if (call.statistics) {
+    call.statistics[2 * place] = largest;
+    call.statistics[2 * place + 1] = sum;
+  }
+  Number* to = const_cast<Number*>(row_of(call.out, batch, head, row));
+  if (largest == -kInfinity) return fill_empty_row(call, batch, head / kGroup, to);
+  const float inverse = scale / sum;
+  for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(weighted[e] * inverse);
+}
+
 // All of K and V, packed.
 template <typename KeyWord, typename ValueWord>
 struct PackedKeys {
@@ -165,43 +200,9 @@ struct QueryBlock {
   }
 
   void finish(const Call& call) {
-    for (int64_t row = 0; row < rows; ++row) {
-      float largest = state[row].largest, sum = sum_of(state[row].sum), scale = 1.0f;
-#if ADAATTN_HAS_SINK
-      const float sink = kLog2e * sink_of(call, batch, head, first + row);
-      const float both = largest > sink ? largest : sink;
-      scale = largest == -kInfinity ? 0.0f : std::exp2(largest - both);
-      sum = sum * scale + (sink == -kInfinity ? 0.0f : std::exp2(sink - both));
-      largest = both;
-#endif
-      Number* to = const_cast<Number*>(row_of(call.out, batch, head, first + row));
-      const int64_t place = (batch * call.heads + head) * call.rows + first + row;
-      if (call.lse)
-        call.lse[place] = largest == -kInfinity ? largest : kLn2 * largest + std::log(sum);
-      if (call.statistics) {
-        call.statistics[2 * place] = largest;
-        call.statistics[2 * place + 1] = sum;
-      }
-      if (largest == -kInfinity) {
-        fill_empty_row(call, batch, head / kGroup, to);
-        continue;
-      }
-      const float* from = out + row * kOut;
-      const float inverse = scale / sum;
-      for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(from[e] * inverse);
-    }
-  }
-
-  static void fill_empty_row(const Call& call, int64_t batch, int64_t head, Number* to) {
-    if constexpr (kEmptyRow == EmptyRow::kUniform) {
-      double sum[kValueDim] = {};
-      for (int64_t key = 0; key < call.columns; ++key)
-        for (int e = 0; e < kValueDim; ++e) sum[e] += to_float(row_of(call.v, batch, head, key)[e]);
-      for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(float(sum[e] / call.columns));
-    } else {
-      for (int e = 0; e < kValueDim; ++e)
-        to[e] = from_float<Number>(kEmptyRow == EmptyRow::kNaN ? kNaN : 0.0f);
-    }
+    for (int64_t row = 0; row < rows; ++row)
+      finish_row(call, batch, head, first + row, state[row].largest, sum_of(state[row].sum),
+                 out + row * kOut);
   }
 };
 
@@ -234,19 +235,4 @@ static Status forward(const Call& call) {
     }
   }
   return Status(status.load());
-}
-
-// In floats, or in bfloat16 where the machine has it and the tensors are, or the plan asks for it.
-static Status forward_in_precision(const Call& call) {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<Number, Bfloat16>) {
-    return forward<uint32_t, uint32_t>(call);
-  } else if (call.scores_in_bfloat16) {
-    return call.values_in_bfloat16 ? forward<uint32_t, uint32_t>(call)
-                                   : forward<uint32_t, float>(call);
-  } else if (call.values_in_bfloat16) {
-    return forward<float, uint32_t>(call);
-  }
-#endif
-  return forward<float, float>(call);
 }

@@ -53,11 +53,10 @@ class CppKernel:
 
     def cost(self, problem: Problem) -> float:
         """The blocks that are attended to."""
-        shape = problem.shape
-        batch, rows, columns = shape.hints
-        work = 2.0 * batch * shape.heads * rows * columns * (shape.head_dim + shape.value_dim)
-        blocks = block_structure(problem.spec.mask, rows, columns, *BLOCK, problem.param_hints)
-        return work * density(blocks) * _TIME[problem.dtype]
+        _, rows, columns = problem.shape.hints
+        mask = problem.spec.mask
+        attended = density(block_structure(mask, rows, columns, *BLOCK, problem.param_hints))
+        return problem.work(attended) * _TIME[problem.dtype]
 
     def build(self, problem: Problem) -> Attention:
         plan = plan_of(problem)

@@ -6,11 +6,7 @@
 
 #pragma once
 
-#include "vectors.h"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "numbers.h"
 
 #if defined(__AVX512F__)
 // 6 x 4 sums, 4 columns of B and one element of A: 29 of 32 registers.

@@ -2,7 +2,13 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "vectors.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 struct Bfloat16 {
   uint16_t bits;
@@ -50,3 +56,47 @@ inline Float16 from_float<Float16>(float value) {
   return Float16(value);
 }
 #endif
+
+static inline void store_rounded(float* at, Floats values) { store(at, values); }
+
+#if defined(__AVX512BF16__)
+static inline void store_rounded(Bfloat16* at, Floats values) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)values);
+  std::memcpy(at, &rounded, sizeof rounded);
+}
+
+// Lane by lane two bfloat16 in a word.
+static inline void store_pairs(uint32_t* at, Floats low, Floats high) {
+  const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
+  const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
+  _mm512_storeu_si512(at, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+#endif
+
+// kLanes elements as floats.
+static inline Floats load_floats(const float* from) { return load(from); }
+
+static inline Floats load_floats(const Bfloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  Halves bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return (Floats)(__builtin_convertvector(bits, Words) << 16);
+}
+
+#if defined(__FLT16_MAX__)
+static inline Floats load_floats(const Float16* from) {
+  typedef Float16 Halves __attribute__((vector_size(2 * kLanes)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return __builtin_convertvector(halves, Floats);
+}
+#endif
+
+// kLanes elements from `at` of a row of kDim, those beyond it 0.
+template <int kDim, typename Number>
+static inline Floats load_some(const Number* row, int at) {
+  if (at + kLanes <= kDim) return load_floats(row + at);
+  float elements[kLanes] = {};
+  for (int lane = 0; lane < kDim - at; ++lane) elements[lane] = to_float(row[at + lane]);
+  return load(elements);
+}

@@ -91,11 +91,11 @@ static bool pack_values(const Number* from, int64_t row_stride, int64_t keys, Wo
     for (int column = 0; column < kPadded; column += kPanel) {
       const int width = kPadded - column < kPanel ? kPadded - column : kPanel;
       Word* out = packed + column * kDepth + step * width;
-      for (int lane = 0; lane < width; ++lane) {
+      for (int lane = 0; lane < width; lane += kLanes) {
         if constexpr (std::is_same_v<Word, float>)
-          out[lane] = rows[0][column + lane];
+          store(out + lane, load(rows[0] + column + lane));
         else
-          out[lane] = pair_of(rows[0][column + lane], rows[1][column + lane]);
+          store_pairs(out + lane, load(rows[0] + column + lane), load(rows[1] + column + lane));
       }
     }
   }

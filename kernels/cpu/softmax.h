@@ -8,23 +8,10 @@
 #include "numbers.h"
 #include "vectors.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 struct RowState {
   float largest = -kInfinity;  // of the scores so far, times log2(e)
   Floats sum = {};             // of 2^(score - largest), by lanes
 };
-
-static inline void store_weights(float* at, Floats weights) { store(at, weights); }
-
-#if defined(__AVX512BF16__)
-static inline void store_weights(Bfloat16* at, Floats weights) {
-  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)weights);
-  std::memcpy(at, &rounded, sizeof rounded);
-}
-#endif
 
 // Scores of one row become weights, 2^(factor * score - largest), in blocks of kBlock keys; returns
 // what earlier sums and outputs of the row must be multiplied by. `kept`, where it is not null, is
@@ -41,7 +28,7 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
     if (!(here <= largest)) largest = here;  // NaN comes through
   }
   if (largest == -kInfinity) {
-    for (int64_t key = 0; key < blocks * kBlock; key += kLanes) store_weights(weights + key, Floats{});
+    for (int64_t key = 0; key < blocks * kBlock; key += kLanes) store_rounded(weights + key, Floats{});
     return 1.0f;
   }
   const float scale = state.largest == -kInfinity ? 0.0f : std::exp2(state.largest - largest);
@@ -52,7 +39,7 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
       const Floats x = load(scores + key) * factor[block] - largest;
       const Floats weight = exp2_of_negative<!std::is_same_v<Weight, float>>(x);
       sum += weight;
-      store_weights(weights + key, kept ? weight * load(kept + key) : weight);
+      store_rounded(weights + key, kept ? weight * load(kept + key) : weight);
     }
   state.sum = sum;
   state.largest = largest;

@@ -50,7 +50,7 @@ def source_of(made_for: Configuration) -> str:
         _constants(made_for),
         _score_row(made_for),
         _sink(made_for),
-        '#include "forward.h"',
+        '#include "attention.h"',
         _FORWARD,
     )
 
@@ -273,7 +273,7 @@ def _function(head: str, lines: list[str]) -> str:
 
 
 _FORWARD = """extern "C" int64_t attention_forward(const Call* call) {
-  return forward_in_precision(*call);
+  return attention(*call);
 }"""
 
 _BACKWARD = """extern "C" int64_t attention_backward(const BackwardCall* backward) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -38,21 +39,56 @@ static inline Floats all(float x) { return x - Floats{}; }
 // NaN in `a` is lost, NaN in `b` is kept: the way of the machine's own instruction.
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
-static inline float largest_of(Floats value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane)
-      lanes[lane] = lanes[lane] > lanes[lane + width] ? lanes[lane] : lanes[lane + width];
-  return lanes[0];
+// For each lane either a lane of `a`, or one of `b` (counted from kLanes on).
+template <int... kFrom>
+static inline Floats shuffled(Floats a, Floats b, std::integer_sequence<int, kFrom...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, Ints{kFrom...});
+#endif
 }
 
+// Each lane beside the one kStep away from it.
+template <int kStep, int... kLane>
+static inline Floats swapped(Floats a, std::integer_sequence<int, kLane...>) {
+  return shuffled(a, a, std::integer_sequence<int, (kLane ^ kStep)...>());
+}
+
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+template <int kStep = kLanes / 2>
+static inline float largest_of(Floats value) {
+  if constexpr (kStep == 0) return value[0];
+  else return largest_of<kStep / 2>(larger(value, swapped<kStep>(value, Lanes())));
+}
+
+template <int kStep = kLanes / 2>
 static inline float sum_of(Floats value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  if constexpr (kStep == 0) return value[0];
+  else return sum_of<kStep / 2>(value + swapped<kStep>(value, Lanes()));
+}
+
+// Of vectors a and b the pairs of lanes that lie kStep apart, added: those of a where a lane's bit
+// kStep is 0, those of b where it is 1.
+template <int kStep, int... kLane>
+static inline Floats fold(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  using Low = std::integer_sequence<int, (kLane & kStep ? kLanes + kLane - kStep : kLane)...>;
+  using High = std::integer_sequence<int, (kLane & kStep ? kLanes + kLane : kLane + kStep)...>;
+  return shuffled(a, b, Low()) + shuffled(a, b, High());
+}
+
+// The sums of kLanes vectors, one in each lane.
+template <int kStep = 1>
+static inline Floats sums_of(const Floats* vectors) {
+  if constexpr (kStep == kLanes) {
+    return vectors[0];
+  } else {
+    Floats folded[kLanes / kStep / 2];
+    for (int i = 0; i < kLanes / kStep / 2; ++i)
+      folded[i] = fold<kStep>(vectors[2 * i], vectors[2 * i + 1], Lanes());
+    return sums_of<2 * kStep>(folded);
+  }
 }
 
 // 2^x for x <= 0; exactly 0 from -127 on, NaN for NaN. Relative error 2^-23.4, and 2^-13.3 for a
