@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from benchmarks import families
-from benchmarks.models import Decode, Gpt, MaskedFillCausal, PlainSoftmax, SdpaCausal
+from benchmarks.models import (
+    Decode,
+    Gpt,
+    GroupedDecode,
+    MaskedFillCausal,
+    PlainSoftmax,
+    SdpaCausal,
+    Trained,
+)
 from benchmarks.workload import Workload
 
 HEADS, HEAD_DIM = 8, 64
@@ -61,7 +69,9 @@ def cases() -> tuple[Case, ...]:
         both,
     )
     add("softmax", "manual softmax, no mask, H8 D64", (128, 512, 2048), _plain, both)
-    add("sdpa_causal", "SDPA is_causal, H8 D64", (2048,), _sdpa, both)
+    lengths = (1024, 2048, 4096, 8192)
+    add("sdpa_causal", "SDPA is_causal, H8 D64", lengths, _sdpa, both)
+    add("sdpa_training", "the same, forward and backward", (2048,), _sdpa_training, both)
     add(
         "mistral_attention",
         "MistralModel, 1 layer, sdpa, window 512: mask, RoPE and attention alone, H8 G2 D64",
@@ -76,8 +86,10 @@ def cases() -> tuple[Case, ...]:
         partial(_mistral, False),
         both,
     )
+    add("bloom_attention", "BloomModel's attention alone", (2048,), _of(_bloom_attention))
+    add("t5_attention", "T5's attention alone", (2048,), partial(_t5, True))
     add("bloom", "BloomModel, 1 layer, eager: ALiBi, H8 D64", (2048,), _of(families.bloom))
-    add("t5", "T5EncoderModel, 1 block, eager: learned bias, H8 D64", (2048,), _t5)
+    add("t5", "T5EncoderModel, 1 block, eager: learned bias, H8 D64", (2048,), partial(_t5, False))
     add("bert_eager", "BertModel, 1 layer, B8, padded, H8 D64", (512,), partial(_bert, "eager"))
     add("bert_sdpa", "the same, sdpa", (512,), partial(_bert, "sdpa"))
     add("vit_eager", "ViTModel, 1 layer, B8, H8 D64", (197,), partial(_vit, "eager"))
@@ -97,7 +109,8 @@ def cases() -> tuple[Case, ...]:
         both,
     )
     add("decode", "one query over a cache, manual softmax, H8 D64", (4096,), _decode, both)
-    add("gpt", "nanoGPT, 4 layers, width 512, forward", (1024,), partial(_gpt, False), both)
+    add("decode_grouped", "the same by SDPA, H8 G2 D64", (8192,), _grouped_decode, both)
+    add("gpt", "nanoGPT, 4 layers, width 512, forward", (1024, 2048), partial(_gpt, False), both)
     add("gpt_training", "the same, forward and backward", (1024,), partial(_gpt, True))
     return tuple(found)
 
@@ -121,6 +134,15 @@ def _plain(length: int) -> Workload:
 
 def _sdpa(length: int) -> Workload:
     return Workload(SdpaCausal(HEADS), (_qkv(length),))
+
+
+def _sdpa_training(length: int) -> Workload:
+    return Workload(Trained(SdpaCausal(HEADS), _qkv(length)), training=True)
+
+
+def _grouped_decode(length: int) -> Workload:
+    k, v = (torch.randn(1, families.KV_HEADS, length, HEAD_DIM) for _ in range(2))
+    return Workload(GroupedDecode(), (torch.randn(1, HEADS, 1, HEAD_DIM), k, v))
 
 
 def _decode(length: int) -> Workload:
@@ -150,9 +172,13 @@ def _mistral(alone: bool, length: int) -> Workload:
     return Workload(model, kwargs=_text(length))
 
 
-def _t5(length: int) -> Workload:
-    ids = torch.randint(families.VOCABULARY, (1, length))
-    return Workload(families.t5(), kwargs={"input_ids": ids})
+def _bloom_attention() -> torch.nn.Module:
+    return families.attention_alone(families.bloom())
+
+
+def _t5(alone: bool, length: int) -> Workload:
+    model = families.attention_alone(families.t5()) if alone else families.t5()
+    return Workload(model, kwargs={"input_ids": torch.randint(families.VOCABULARY, (1, length))})
 
 
 def _bert(implementation: str, length: int) -> Workload:

@@ -165,6 +165,13 @@ class _Pair(nn.Module):
         return (x, *self.rest)
 
 
+class _Repeat(nn.Module):
+    """In place of a fused projection: its input, three times."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x, x, x), -1)
+
+
 class _Slice(nn.Module):
     """In place of a projection: some of its input's features, as a view."""
 
@@ -224,8 +231,16 @@ def without_scores(model: nn.Module) -> nn.Module:
 
 
 def attention_alone(model: nn.Module) -> nn.Module:
-    """A model of Llama's kind, changed: mask, rotary embedding and attention, and little else."""
+    """The model, changed: mask or bias, positions and attention, and little else."""
     model = without_mlp(model)
+    if type(model).__name__ == "BloomModel":
+        model.h[0].self_attention.query_key_value = _Repeat()
+        model.h[0].self_attention.dense = nn.Identity()
+        return model
+    if type(model).__name__ == "T5EncoderModel":
+        attention = model.encoder.block[0].layer[0].SelfAttention
+        attention.q = attention.k = attention.v = attention.o = nn.Identity()
+        return model
     for layer in model.layers:
         attention = layer.self_attn
         attention.q_proj = nn.Identity()

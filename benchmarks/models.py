@@ -69,6 +69,29 @@ class SdpaCausal(nn.Module):
         return joined(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
+class Trained(nn.Module):
+    """An attention of parameters, summed against fixed weights: forward, backward, little else."""
+
+    towards: torch.Tensor
+
+    def __init__(self, attention: nn.Module, qkv: torch.Tensor) -> None:
+        super().__init__()
+        self.attention, self.qkv = attention, nn.Parameter(qkv)
+        out = torch.randn(*qkv.shape[:-1], qkv.shape[-1] // 3)
+        self.register_buffer("towards", out, persistent=False)
+
+    def forward(self) -> torch.Tensor:
+        loss: torch.Tensor = (self.attention(self.qkv) * self.towards).sum()
+        return loss
+
+
+class GroupedDecode(nn.Module):
+    """The same by SDPA, several query heads to each head of the cache."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return joined(F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
 class Decode(nn.Module):
     """One new token beside a cache of keys and values."""
 

@@ -1,7 +1,8 @@
 """Every case side by side with backend="inductor", in one run.
 
     python -m benchmarks.run [--case NAME ...] [--smoke] [--threads N] [--seconds S] [--json FILE]
-                             [--markdown] [--list] [--mkl-unlocked | --mkl-avx2]
+                             [--against eager] [--markdown] [--list]
+                             [--mkl-unlocked | --mkl-avx2]
 
 --case takes names, or patterns such as 'masked_fill_*'; `memory` is the memory of attention.
 
@@ -11,6 +12,8 @@ the greatest; `error`, the greatest absolute difference from float64 of eager in
 inductor and of adaattn; `compile`, the first call of each, its Inductor caches empty (kernels that
 an earlier case built in this process are not built again: compile_time.py measures compiling);
 `kernel`, what explain() says computes the attention.
+
+--against eager has eager in the place of inductor.
 
 A case below 0.97 is run again for twice as long, and all its rounds count. The last line names the
 cases that are below it then.
@@ -42,7 +45,7 @@ from benchmarks.timing import Rounds, interleaved
 from benchmarks.workload import Compiled, Workload, error
 
 FLOOR = 0.97
-_BACKENDS = ("inductor", "adaattn")
+_BASELINES = ("inductor", "eager")
 _MEMORY = "memory"
 
 
@@ -62,11 +65,11 @@ class Row:
         return asdict(self) | summary
 
 
-def measured(case: Case, seconds: float, smoke: bool) -> Row:
+def measured(case: Case, baseline: str, seconds: float, smoke: bool) -> Row:
     """One case: compiled for both, compared with float64, timed in turns."""
     workload = case.workload(smoke)
     torch.compiler.reset()
-    (theirs, first), (ours, second) = (_compiled(workload, name) for name in _BACKENDS)
+    (theirs, first), (ours, second) = (_compiled(workload, name) for name in (baseline, "adaattn"))
     calls = (lambda: workload.call(theirs), lambda: workload.call(ours))
     rounds = interleaved(*calls, seconds, smoke)
     if rounds.ratio < FLOOR and not smoke:
@@ -85,6 +88,8 @@ def _compiled(workload: Workload, backend: str) -> tuple[Compiled, float]:
     """The compiled module and the seconds of its first call."""
     from torch._inductor.utils import fresh_cache
 
+    if backend == "eager":
+        return workload.module, 0.0
     compiled = torch.compile(workload.module, backend=backend)
     begin = time.perf_counter()
     with fresh_cache():
@@ -115,22 +120,24 @@ def _warm_up() -> None:
     """What the first compilation of a process costs is no case's."""
     module = torch.nn.MultiheadAttention(64, 1, batch_first=True).eval()
     x = torch.randn(1, 8, 64)
-    for backend in _BACKENDS:
+    for backend in ("inductor", "adaattn"):
         with torch.no_grad():
             torch.compile(module, backend=backend)(x, x, x, need_weights=False)
 
 
 # -- the report ------------------------------------------------------------------------------------
 
-_COLUMNS = (
-    "case",
-    "inductor",
-    "adaattn",
-    "ratio (min-max, rounds)",
-    "error: eager / inductor / adaattn",
-    "compile: inductor / adaattn",
-    "kernel",
-)
+
+def _columns(baseline: str) -> tuple[str, ...]:
+    return (
+        "case",
+        baseline,
+        "adaattn",
+        "ratio (min-max, rounds)",
+        f"error: eager / {baseline} / adaattn",
+        f"compile: {baseline} / adaattn",
+        "kernel",
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -161,21 +168,24 @@ def _line(cells: tuple[str, ...], markdown: bool) -> str:
     return " ".join(cell.ljust(width) for cell, width in widths).rstrip()
 
 
-def _head(machine: dict[str, str], markdown: bool) -> list[str]:
+def _head(machine: dict[str, str], baseline: str, markdown: bool) -> list[str]:
     lines = [f"{'- ' if markdown else ''}{name}: {value}" for name, value in machine.items()]
-    note = "ratio: times faster than backend=inductor in the same round; above 1 adaattn is faster"
+    named = "eager" if baseline == "eager" else f"backend={baseline}"
+    note = f"ratio: times faster than {named} in the same round; above 1 adaattn is faster"
     return [*lines, "", note, ""]
 
 
-def _titles(markdown: bool) -> list[str]:
-    rule = ["|" + "---|" * len(_COLUMNS)] if markdown else []
-    return [_line(_COLUMNS, markdown), *rule]
+def _titles(baseline: str, markdown: bool) -> list[str]:
+    columns = _columns(baseline)
+    rule = ["|" + "---|" * len(columns)] if markdown else []
+    return [_line(columns, markdown), *rule]
 
 
-def _verdict(rows: list[Row], failed: list[str]) -> str:
+def _verdict(rows: list[Row], baseline: str, failed: list[str]) -> str:
     below = [f"{row.case} {row.rounds.ratio:.2f}x" for row in rows if row.rounds.ratio < FLOOR]
     verdict = "none" if not below else ", ".join(below)
-    text = f"never below {FLOOR}x of Inductor: below it {verdict} (of {len(rows)} cases)"
+    floor = f"never below {FLOOR}x of {baseline.capitalize()}"
+    text = f"{floor}: below it {verdict} (of {len(rows)} cases)"
     return text + (f"; failed: {', '.join(failed)}" if failed else "")
 
 
@@ -191,6 +201,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing for each case")
     parser.add_argument("--json", type=Path, help="write all rounds there")
+    parser.add_argument("--against", choices=_BASELINES, default="inductor")
     parser.add_argument("--markdown", action="store_true", help="tables for docs/benchmarks.md")
     parser.add_argument("--list", action="store_true", help="the cases, and no more")
     mkl = parser.add_mutually_exclusive_group()
@@ -208,7 +219,7 @@ def _run_cases(chosen: list[Case], given: argparse.Namespace) -> tuple[list[Row]
     failed: list[str] = []
     for case in chosen:
         try:
-            rows.append(measured(case, given.seconds, given.smoke))
+            rows.append(measured(case, given.against, given.seconds, given.smoke))
             print(_line(_cells(rows[-1]), given.markdown), flush=True)
         except Exception:
             failed.append(case.name)
@@ -244,10 +255,10 @@ def main() -> None:
 
 def _report(chosen: list[Case], memory: bool, given: argparse.Namespace) -> None:
     machine = describe_machine()
-    print("\n".join(_head(machine, given.markdown)), flush=True)
+    print("\n".join(_head(machine, given.against, given.markdown)), flush=True)
     if chosen:
         _warm_up()
-        print("\n".join(_titles(given.markdown)), flush=True)
+        print("\n".join(_titles(given.against, given.markdown)), flush=True)
     rows, failed = _run_cases(chosen, given)
     memories = _run_memory(given) if memory else []
     if given.json is not None:
@@ -257,7 +268,7 @@ def _report(chosen: list[Case], memory: bool, given: argparse.Namespace) -> None
     if given.smoke:
         print("\nsmoke: it runs; at these sizes and with two rounds the figures mean nothing")
     if chosen:
-        print("\n" + _verdict(rows, failed))
+        print("\n" + _verdict(rows, given.against, failed))
     if failed:
         raise SystemExit(1)
 

@@ -57,10 +57,10 @@ class StripsKernel:
     def cost(self, problem: Problem) -> float:
         """The work of the ranges, with what a mask and a bias by strips add."""
         shape, spec = problem.shape, problem.spec
-        batch, rows, columns = shape.hints
+        _, rows, columns = shape.hints
         ranges = key_ranges(spec.mask, rows, columns, problem.param_hints, strip_rows(spec))
         attended = sum((last - first) * count for _, count, first, last in ranges)
-        work = 2.0 * batch * shape.heads * attended * (shape.head_dim + shape.value_dim)
+        work = problem.work(attended / max(rows * columns, 1))
         if spec.bias is None or shape.head_dim != shape.value_dim:
             return work * 3.0
         by_distance = vector_of_distances(spec) is not None

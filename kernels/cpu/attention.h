@@ -8,13 +8,12 @@
 static Status attention(const Call& call) {
   if (call.rows <= kFewRows) return decode(call);
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<Number, Bfloat16>) {
-    return forward<uint32_t, uint32_t>(call);
-  } else if (call.scores_in_bfloat16) {
-    return call.values_in_bfloat16 ? forward<uint32_t, uint32_t>(call)
-                                   : forward<uint32_t, float>(call);
-  } else if (call.values_in_bfloat16) {
-    return forward<float, uint32_t>(call);
+  if constexpr (std::is_same_v<Number, Bfloat16>) return forward<uint32_t, uint32_t>(call);
+  if constexpr (kMixedPrecision) {
+    if (call.scores_in_bfloat16 && call.values_in_bfloat16)
+      return forward<uint32_t, uint32_t>(call);
+    if (call.scores_in_bfloat16) return forward<uint32_t, float>(call);
+    if (call.values_in_bfloat16) return forward<float, uint32_t>(call);
   }
 #endif
   return forward<float, float>(call);

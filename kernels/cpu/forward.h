@@ -2,7 +2,7 @@
 //
 // Needs, from the generated source: Number (of q, k, v and out), kHeadDim, kValueDim, kGroup, kScale,
 // kPlain (the score is S itself and kScale is positive), kDropout (the probability), kEmptyRow,
-// score_row<kMasked>() and, where there is a sink, sink_of() and ADAATTN_HAS_SINK.
+// kMixedPrecision (plans may ask for bfloat16), score_row<kMasked>() and, where there is a sink, sink_of() and ADAATTN_HAS_SINK.
 
 #pragma once
 

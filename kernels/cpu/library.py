@@ -89,8 +89,7 @@ def compiler() -> str:
 
 @functools.cache
 def _version(command: str) -> str:
-    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+    return _run([command, "--version"]).stdout
 
 
 @functools.cache
@@ -127,7 +126,7 @@ def _build(source: str, command: tuple[str, ...], path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build") as folder:
             text, made = Path(folder) / "attention.cpp", Path(folder) / "attention.so"
             text.write_text(source)
-            _run([*command, f"-I{HEADERS}", str(text), "-o", str(made)])
+            _compile([*command, f"-I{HEADERS}", str(text), "-o", str(made)])
             content = made.read_bytes()
             made.write_bytes(content + hashlib.sha256(content).digest())
             os.replace(text, path.with_suffix(".cpp"))
@@ -136,13 +135,19 @@ def _build(source: str, command: tuple[str, ...], path: Path) -> None:
         raise CannotBuild(f"cannot write to {path.parent}: {error}") from error
 
 
-def _run(command: list[str]) -> None:
+def _compile(command: list[str]) -> None:
+    done = _run(command)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
+        raise CannotBuild(f"{command[0]} fails ({done.returncode}): {lines[0]}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise CannotBuild(f"{command[0]} takes more than {_BUILD_SECONDS} s") from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-        raise CannotBuild(f"{command[0]} fails ({done.returncode}): {lines[0]}")
+    except OSError as error:
+        raise CannotBuild(f"cannot run {command[0]}: {error}") from error

@@ -71,6 +71,16 @@ static inline void store_pairs(uint32_t* at, Floats low, Floats high) {
   const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
   _mm512_storeu_si512(at, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
 }
+#else
+static inline void store_rounded(Bfloat16* at, Floats values) {
+  for (int lane = 0; lane < kLanes; ++lane) at[lane] = from_float<Bfloat16>(values[lane]);
+}
+
+static inline void store_pairs(uint32_t* at, Floats low, Floats high) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    at[lane] = uint32_t(from_float<Bfloat16>(low[lane]).bits) |
+               uint32_t(from_float<Bfloat16>(high[lane]).bits) << 16;
+}
 #endif
 
 // kLanes elements as floats.

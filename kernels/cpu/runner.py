@@ -38,20 +38,21 @@ BLOCK = (64, 64)
 _KEPT_LENGTHS = 16
 
 
-def configuration_of(problem: Problem) -> Configuration:
-    """What a problem's library is generated for."""
+def configuration_of(problem: Problem, mixed: bool = False) -> Configuration:
+    """What a problem's library is generated for; mixed: see Configuration."""
     return Configuration(
         problem.spec,
         _name(problem.dtype),
         problem.shape.head_dim,
         problem.shape.value_dim,
         tuple(_name(dtype) for dtype in problem.dtypes_of_operands()),
+        mixed,
     )
 
 
-def plan_of(problem: Problem) -> str:
+def plan_of(problem: Problem, mixed: bool = False) -> str:
     """A problem as text from which its runner can be made anew in any process."""
-    made_for = configuration_of(problem)
+    made_for = configuration_of(problem, mixed)
     return repr(
         {
             "kernel": "cpp",
@@ -59,6 +60,7 @@ def plan_of(problem: Problem) -> str:
             "dtype": made_for.dtype,
             "dims": (made_for.head_dim, made_for.value_dim),
             "operands": made_for.operands,
+            "mixed": made_for.mixed,
         }
     )
 
@@ -71,9 +73,16 @@ def _name(dtype: torch.dtype) -> str:
 def cpp_runner(plan: str) -> CppRunner:
     """The runner of a plan, one for a process. Raises CannotBuild, NoCpp."""
     fields = ast.literal_eval(plan)
-    spec = AttentionSpec.deserialize(fields["spec"])
     head_dim, value_dim = fields["dims"]
-    return CppRunner(Configuration(spec, fields["dtype"], head_dim, value_dim, fields["operands"]))
+    made_for = Configuration(
+        AttentionSpec.deserialize(fields["spec"]),
+        fields["dtype"],
+        head_dim,
+        value_dim,
+        fields["operands"],
+        fields["mixed"],
+    )
+    return CppRunner(made_for)
 
 
 class CppRunner:
@@ -114,7 +123,7 @@ class CppRunner:
         if plan is None:
             plan = self._exact_plan(rows, k_BGND.shape[2], params)
         else:
-            _check_plan(plan, (batch, heads, rows, k_BGND.shape[2]))
+            _check_plan(plan, (batch, heads, rows, k_BGND.shape[2]), self.made_for.mixed)
         out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
         arguments = Arguments(
             with_unit_stride(q_BHMD),
@@ -273,9 +282,11 @@ def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:
     return offsets, (2 * column + structure.partial[row, column]).to(torch.int32)
 
 
-def _check_plan(plan: Plan, sizes: tuple[int, int, int, int]) -> None:
+def _check_plan(plan: Plan, sizes: tuple[int, int, int, int], mixed: bool) -> None:
     """ValueError where a plan's lists or biases do not fit a call."""
     batch, heads, rows, columns = sizes
+    if not mixed and (plan.scores_in_bfloat16 or plan.values_in_bfloat16):
+        raise ValueError("bfloat16 in a plan: the kernel was not made for mixed precision")
     lists, blocks, bias = plan.offsets, plan.blocks, plan.key_bias
     row_blocks, key_blocks = -(-rows // BLOCK[0]), -(-columns // BLOCK[1])
     lead = lists.shape[0] in (1, batch) and lists.shape[1] in (1, heads)

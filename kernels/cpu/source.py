@@ -29,6 +29,7 @@ class Configuration:
     """What one library is generated for.
 
     dtype: of q, k, v and the result; operands: of the spec's operands; names of torch dtypes.
+    mixed: whether plans may have float32 tensors multiplied in bfloat16.
     """
 
     spec: AttentionSpec
@@ -36,6 +37,7 @@ class Configuration:
     head_dim: int
     value_dim: int
     operands: tuple[str, ...]
+    mixed: bool = False
 
     def row(self) -> Row:
         """A row whose expressions read these operands."""
@@ -107,7 +109,7 @@ def _constants(made_for: Configuration) -> str:
 constexpr int kHeadDim = {made_for.head_dim}, kValueDim = {made_for.value_dim};
 constexpr int kGroup = {spec.group};
 constexpr float kScale = {float_literal(spec.scale)}, kDropout = {float_literal(spec.dropout_p)};
-constexpr bool kPlain = {"true" if plain else "false"};
+constexpr bool kPlain = {_flag(plain)}, kMixedPrecision = {_flag(made_for.mixed)};
 constexpr EmptyRow kEmptyRow = EmptyRow::{_EMPTY_ROWS[spec.empty_row]};"""
 
 
@@ -178,7 +180,7 @@ def _gradient_row(made_for: Configuration) -> str:
         body += [*row.statements, *_loop(inside)]
     mentioned = sizes_of(spec.params, spec.score)
     return _function(
-        f"constexpr bool kGradientOfScore = {'true' if by_product != 1 else 'false'};\n"
+        f"constexpr bool kGradientOfScore = {_flag(by_product != 1)};\n"
         "\n"
         "// The gradient of one row's scores: added up for what the score reads, made that of S.\n"
         "static inline void gradient_row(const BackwardCall& backward, int b, int h, int q,\n"
@@ -254,6 +256,10 @@ def _sink_gradient(made_for: Configuration) -> str:
 def float_literal(value: float) -> str:
     """A number as a C++ float."""
     return number(sympy.Float(value))
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _key_of_step(*expressions: Any) -> str:
