@@ -20,7 +20,7 @@ from torch import fx
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.pipeline import rewrite
 from adaattn_compiler.records import SiteRecord, numbered, records
-from adaattn_compiler.report import dump, log_sites, table
+from adaattn_compiler.report import dump, log_sites, sources, table
 
 _DISABLED = "AdaAttn is disabled (enabled=False): every graph goes to Inductor"
 _TRAINING = (
@@ -51,9 +51,9 @@ class Explanation:
     failed: int = 0
 
     def __str__(self) -> str:
-        """An aligned table."""
+        """An aligned table, and where they were asked for the sources, each once."""
         rows = [table(self.sites, self.graphs)] if self.sites else []
-        return "\n".join([self._head(), *rows, *self.notes])
+        return "\n".join([self._head(), *rows, *self.notes, *sources(self.sites)])
 
     def _head(self) -> str:
         graphs = f"{self.graphs} graph{'' if self.graphs == 1 else 's'}"
@@ -72,6 +72,7 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
+    source: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """Capture and analyse `model(*args, **kwargs)` without compiling it.
@@ -89,8 +90,9 @@ def explain(
     kept in `cache_dir`. What is compiled already stays so (before torch 2.13, which cannot keep
     compilations apart, `torch.compiler.reset()` is called).
 
-    options, dynamic: as given to torch.compile. Where the model has arguments of these names, wrap
-    it: `explain(lambda x: model(x, dynamic=True), x)`.
+    options, dynamic: as given to torch.compile. source: show the C++ that is generated for each
+    site. Where the model has arguments of these names, wrap it:
+    `explain(lambda x: model(x, dynamic=True), x)`.
 
     Raises ValueError for an unknown option, and what the model itself raises.
     """
@@ -101,7 +103,7 @@ def explain(
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         analysis = rewrite(graph_module, inputs, ours)
-        sites = records(analysis, len(graphs))
+        sites = records(analysis, len(graphs), source)
         log_sites(sites, analysis.failure)
         dump(graph_module, analysis, sites, ours.dump_dir)
         graphs.append(_Graph(sites, analysis.failure, analysis.seconds))

@@ -26,7 +26,7 @@ class SiteRecord:
     reason: why it was not lowered; None where it was.
     spelling: how the model writes it: "sdpa", "softmax", ...
     mask: in words: "causal & window(512)", "key padding", "none", ...
-    kernel: what computes it: "sdpa", "strips" or "flex".
+    kernel: what computes it: "sdpa", "strips", "flex" or "cpp".
     decision: how exactly it is computed; always "exact" so far.
     shape: sizes as captured, "B1 H8 G2 M64 N64 D32": batch, query heads, key/value heads, query
     length, key length, head dimension; E, the head dimension of V, where it differs.
@@ -36,6 +36,7 @@ class SiteRecord:
     graph: the number of the graph that it is in.
     where: "file:line" of the model's source, where known.
     training: whether a gradient flows through it.
+    source: what was generated and compiled for it, where the kernel is "cpp" and it was asked for.
 
     mask, kernel, decision, shape, score and why are None for a site that was not lowered.
     """
@@ -55,12 +56,13 @@ class SiteRecord:
     graph: int = 0
     where: str | None = None
     training: bool = False
+    source: str | None = None
 
 
-def records(analysis: Analysis, graph: int = 0) -> tuple[SiteRecord, ...]:
-    """The records of one graph's sites."""
+def records(analysis: Analysis, graph: int = 0, source: bool = False) -> tuple[SiteRecord, ...]:
+    """The records of one graph's sites; source: with what was generated for them."""
     return numbered(
-        _lowered_record(result, graph)
+        _lowered_record(result, graph, source)
         if isinstance(result, Lowered)
         else _refused_record(result, graph)
         for result in analysis.results
@@ -78,8 +80,8 @@ def numbered(sites: Iterable[SiteRecord]) -> tuple[SiteRecord, ...]:
     return tuple(found)
 
 
-def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
-    site = result.site
+def _lowered_record(result: Lowered, graph: int, source: bool) -> SiteRecord:
+    site, kernel = result.site, result.choice.kernel
     return SiteRecord(
         name=site.name,
         ordinal=0,
@@ -88,7 +90,7 @@ def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
         reason=None,
         spelling=site.spelling,
         mask=describe(site.spec.mask),
-        kernel=result.choice.kernel.name,
+        kernel=kernel.name,
         decision="exact",
         shape=_sizes(result),
         score=str(site.spec.score),
@@ -96,6 +98,7 @@ def _lowered_record(result: Lowered, graph: int) -> SiteRecord:
         graph=graph,
         where=_source(site.anchor),
         training=site.requires_grad,
+        source=kernel.source(result.problem) if source else None,
     )
 
 

@@ -49,6 +49,15 @@ def _reason(site: SiteRecord) -> str:
     return site.reason if site.where is None else f"{site.reason} [{site.where}]"
 
 
+def sources(sites: Sequence[SiteRecord]) -> list[str]:
+    """What was generated, each text once, headed by the sites that it is for."""
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        if site.source is not None:
+            found.setdefault(site.source, []).append(site.name or "(root)")
+    return [f"\n=== {', '.join(names)}\n{source}" for source, names in found.items()]
+
+
 def log_sites(sites: Sequence[SiteRecord], failure: str | None) -> None:
     """One line in the log for each site, and one for a graph that was left alone."""
     if failure is not None:

@@ -10,6 +10,7 @@ machine; not where the rounds differ much, as on a machine that is busy.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -54,24 +55,44 @@ def kernels() -> tuple[Kernel, ...]:
     return (SdpaKernel(), StripsKernel(), FlexKernel(), CppKernel())
 
 
+def prepare(problem: Problem, options: Options) -> None:
+    """Start building what `choose` may want of a problem, beside what the caller does meanwhile."""
+    with contextlib.suppress(Refusal):
+        for kernel in _candidates(problem, options).kernels:
+            kernel.prepare(problem)
+
+
 def choose(problem: Problem, options: Options) -> Choice:
     """The best kernel for a problem; Refusal, with each kernel's reason, where none can take it."""
+    candidates = _candidates(problem, options)
+    if len(candidates.kernels) == 1 or not options.measure:
+        return _built(candidates.kernels, problem, candidates.why)
+    return _fastest(candidates.kernels, problem, options)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Kernels that may be the best, the least estimate first; why: if the first is chosen."""
+
+    kernels: list[Kernel]
+    why: str = "least cost by estimate"
+
+
+def _candidates(problem: Problem, options: Options) -> _Candidates:
     able, unable = _able(problem, options)
     if len(able) == 1:
-        return _built(able, problem, f"the only one that can ({'; '.join(unable)})")
+        return _Candidates(able, f"the only one that can ({'; '.join(unable)})")
     costs = {kernel: kernel.cost(problem) for kernel in able}
     able.sort(key=lambda kernel: costs[kernel])
     ready = [kernel for kernel in able if kernel.seconds_to_build == 0]
     if ready and costs[ready[0]] < _SMALL:
-        return Choice(ready[0], "least cost by estimate, and too small to measure")
+        return _Candidates(ready[:1], "least cost by estimate, and too small to measure")
     near = [
         kernel
         for kernel in able
         if costs[kernel] <= _SURELY_SLOWER * costs[able[0]] and _worth_building(kernel, costs)
     ]
-    if len(near) == 1 or not options.measure:
-        return _built(able, problem, "least cost by estimate")
-    return _fastest(near, problem, options)
+    return _Candidates(near)
 
 
 def _worth_building(kernel: Kernel, costs: Mapping[Kernel, float]) -> bool:

@@ -62,6 +62,12 @@ class FlexKernel:
         attended = density(block_structure(mask, rows, columns, *_BLOCK, problem.param_hints))
         return problem.work(attended) * _SLOWER[problem.dtype]
 
+    def prepare(self, problem: Problem) -> None:
+        pass
+
+    def source(self, problem: Problem) -> str | None:
+        return None
+
     def build(self, problem: Problem) -> Attention:
         plan = plan_of(problem)
         flex_runner(plan)  # compiled now: a failure must be known before the graph is written

@@ -115,3 +115,9 @@ class Kernel(Protocol):
 
     def build(self, problem: Problem) -> Attention:
         """The function that computes it."""
+
+    def prepare(self, problem: Problem) -> None:
+        """Start building it, where that takes long, without waiting; failures show in `build`."""
+
+    def source(self, problem: Problem) -> str | None:
+        """What is compiled for the problem, to be read; None where that is torch's own code."""

@@ -53,6 +53,12 @@ class SdpaKernel:
             return work * 0.6
         return work * (1.0 if spec.mask == sympy.true and spec.bias == 0 else 1.1)
 
+    def prepare(self, problem: Problem) -> None:
+        pass
+
+    def source(self, problem: Problem) -> str | None:
+        return None
+
     def build(self, problem: Problem) -> Attention:
         spec = problem.spec
 

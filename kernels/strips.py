@@ -66,6 +66,12 @@ class StripsKernel:
         by_distance = vector_of_distances(spec) is not None
         return work * (1.15 if spec.bias == 0 or by_distance else 2.5) + 2e4 * len(ranges)
 
+    def prepare(self, problem: Problem) -> None:
+        pass
+
+    def source(self, problem: Problem) -> str | None:
+        return None
+
     def build(self, problem: Problem) -> Attention:
         plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})
         strips_runner(plan)  # made now: a failure must be known before the graph is written

@@ -7,6 +7,7 @@ attention needed is erased. The original graph is never edited.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from adaattn_compiler.kernels.choose import Choice, choose
+from adaattn_compiler.kernels.choose import Choice, choose, prepare
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions, rank_of
 from adaattn_compiler.kernels.problem import Problem, Shape, Sizes
 from adaattn_compiler.options import Options
@@ -69,6 +70,8 @@ def lower(
     place = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     sites = [item for item in found if isinstance(item, Site)]
     sites.sort(key=lambda site: place[origin_of(site.output)])
+    for site in sites:
+        _prepare(site, options)
     lowered = {s.output: _lowered(view, tracer, copies, s, options, memo) for s in sites}
     results = [item if isinstance(item, Refused) else lowered[item.output] for item in found]
     sites = [result.site for result in results if isinstance(result, Lowered)]
@@ -81,6 +84,12 @@ def lower(
     rewritten = fx.GraphModule(graph_module, graph)
     rewritten.meta = dict(graph_module.meta)
     return Rewritten(rewritten, tuple(results))
+
+
+def _prepare(site: Site, options: Options) -> None:
+    """Kernels of all sites are built at once; what is wrong with one is said in its turn."""
+    with contextlib.suppress(Exception):
+        prepare(problem_of(site), options)
 
 
 def _copied(graph_module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

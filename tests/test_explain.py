@@ -255,10 +255,12 @@ def test_refused_site_says_that_it_was_analysed_for_training() -> None:
 
 
 def test_the_only_kernel_that_can_says_why_the_others_cannot() -> None:
-    (site,) = explain(Block(), torch.randn(2, 6, 16)).sites
+    options = {"kernels": "sdpa,strips,flex"}
+    (site,) = explain(Block(), torch.randn(2, 6, 16), options=options).sites
     assert site.kernel == "sdpa"
     assert site.why is not None
-    assert re.fullmatch(r"the only one that can \(strips: .*backward.*; flex: .*\)", site.why)
+    others = r"strips: .*backward.*; flex: .*backward.*; cpp: not allowed .*"
+    assert re.fullmatch(rf"the only one that can \({others}\)", site.why)
 
 
 def test_options_are_checked() -> None:
@@ -372,3 +374,23 @@ def test_sites_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert any(message.startswith("first: softmax, mask causal -> sdpa (") for message in said)
     (refused,) = (message for message in said if message.startswith("third: "))
     assert f"[{__file__}:" in refused
+
+
+def test_source_is_shown_where_it_is_asked_for() -> None:
+    def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        place = torch.arange(q.shape[2])
+        keep = (place[:, None] >= place) & (place[:, None] - place < 64)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    tensors = torch.randn(3, 1, 8, 512, 64)
+    options = {"kernels": "cpp", "measure": False}
+    explanation = explain(window, *tensors, options=options, source=True)
+    (site,) = explanation.sites
+    assert site.kernel == "cpp"
+    assert site.source is not None
+    assert "mask: causal & window(64)" in site.source
+    assert "const bool keep = !kMasked | " in site.source
+    assert site.source in str(explanation)
+    assert explain(window, *tensors, options=options).sites[0].source is None
+    other = explain(window, *tensors, options={"kernels": "sdpa"}, source=True)
+    assert other.sites[0].source is None

@@ -8,7 +8,7 @@ import torch
 
 from adaattn_compiler.kernels.blocks import block_structure, density
 from adaattn_compiler.kernels.cpu.expressions import NoCpp
-from adaattn_compiler.kernels.cpu.library import CannotBuild, compiler
+from adaattn_compiler.kernels.cpu.library import CannotBuild, compiler, start_building
 from adaattn_compiler.kernels.cpu.runner import BLOCK, configuration_of, cpp_runner, plan_of
 from adaattn_compiler.kernels.cpu.source import gradient_source_of, source_of
 from adaattn_compiler.kernels.cpu.training import training_call
@@ -57,6 +57,17 @@ class CppKernel:
         mask = problem.spec.mask
         attended = density(block_structure(mask, rows, columns, *BLOCK, problem.param_hints))
         return problem.work(attended) * _TIME[problem.dtype]
+
+    def prepare(self, problem: Problem) -> None:
+        made_for = configuration_of(problem)
+        start_building(source_of(made_for))
+        if trains(problem):
+            start_building(gradient_source_of(made_for))
+
+    def source(self, problem: Problem) -> str | None:
+        made_for = configuration_of(problem)
+        forward = source_of(made_for)
+        return f"{forward}\n{gradient_source_of(made_for)}" if trains(problem) else forward
 
     def build(self, problem: Problem) -> Attention:
         plan = plan_of(problem)

@@ -19,6 +19,8 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -48,9 +50,41 @@ class CannotBuild(Exception):
     """There is no compiler, or it fails; says why."""
 
 
-@functools.cache
 def library(source: str) -> ctypes.CDLL:
     """The library of a generated source, one for a process. CannotBuild where it cannot be made."""
+    return _builds(os.getpid()).of(source).result()
+
+
+def start_building(source: str) -> None:
+    """Let a library be built beside what goes on; failures show where it is asked for."""
+    _builds(os.getpid()).of(source)
+
+
+class _Builds:
+    """The libraries of this process, each built once, two at a time."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(2, "adaattn-build")
+        self._found: dict[tuple[str, ...], Future[ctypes.CDLL]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, source: str) -> Future[ctypes.CDLL]:
+        with self._lock:
+            key = (source, str(_folder()), *machine_flags())
+            found = self._found.get(key)
+            if found is None or (found.done() and found.exception() is not None):
+                found = self._threads.submit(_loaded, source)
+                self._found[key] = found
+            return found
+
+
+@functools.cache
+def _builds(process: int) -> _Builds:
+    """Those of a process: threads do not outlive a fork."""
+    return _Builds()
+
+
+def _loaded(source: str) -> ctypes.CDLL:
     command = (compiler(), *_FLAGS, *machine_flags())
     path = _folder() / f"{_key(source, command)}.so"
     if not _is_whole(path):
