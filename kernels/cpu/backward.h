@@ -244,25 +244,28 @@ struct KeyBlock {
     if constexpr (kGradientOfScore) std::memcpy(products, weights, sizeof products);
     weigh(memory, at);
     differentiate(memory, at);
-    const int64_t depth = (at.rows + kInWord<Word> - 1) / kInWord<Word>;
+    constexpr int64_t kDepth = kBlock / kInWord<Word>;
     multiply<Values::kColumns, true>(kBlock, left(weights, weight_pairs), kBlock,
                                      memory.grad_panels.get() + at.query * Values::kPanels, grad_v,
-                                     Values::kColumns, depth, true);
+                                     Values::kColumns, kDepth, true);
     multiply<Queries::kColumns, true>(kBlock, left(grads, grad_pairs), kBlock,
                                       memory.query_panels.get() + at.query * Queries::kPanels,
-                                      grad_k, Queries::kColumns, depth, true);
-    multiply<Queries::kColumns>(at.rows, left(grads, grad_rows), kBlock / kInWord<Word>,
+                                      grad_k, Queries::kColumns, kDepth, true);
+    multiply<Queries::kColumns>(at.rows, left(grads, grad_rows), kDepth,
                                 memory.key_panels.get() + at.key * Queries::kPanels,
-                                memory.grad_q_of(share, at.query), Queries::kColumns,
-                                kBlock / kInWord<Word>, true);
+                                memory.grad_q_of(share, at.query), Queries::kColumns, kDepth, true);
   }
 
-  // delta as the sum of P dP, for a block of rows. It equals that of dO O but for the rounding of
-  // the forward pass's weights, which counts where a bias sums many gradients of either sign.
-  void sum_delta(const Memory& memory, int64_t batch, int64_t head, int64_t row_block) {
+  // delta as the sum of P dP instead of dO O, for a block of rows. They differ by roundings that
+  // count where P dP and delta should cancel: in rows of few keys, and where the gradient of a bias
+  // is the sum of many of either sign.
+  void refine_delta(const Memory& memory, int64_t item) {
     const Call& call = memory.call;
+    const int64_t row_block = item % memory.row_blocks, head = item / memory.row_blocks % call.heads;
+    const int64_t batch = item / memory.row_blocks / call.heads;
     const int32_t* offset =
         call.offsets + batch * call.list_batch_stride + head * call.list_head_stride + row_block;
+    if (offset[1] - offset[0] > 1 && !memory.backward.gradients) return;
     float sums[kBlock] = {};
     for (int32_t entry = offset[0]; entry < offset[1]; ++entry) {
       const Tile at(memory, batch, head, row_block, call.blocks[entry] >> 1, call.blocks[entry] & 1);
@@ -275,8 +278,7 @@ struct KeyBlock {
         sums[row] += sum_of(sum);
       }
     }
-    const int64_t query = (batch * call.heads + head) * memory.row_blocks + row_block;
-    std::memcpy(memory.delta.get() + query * kBlock, sums, sizeof sums);
+    std::memcpy(memory.delta.get() + item * kBlock, sums, sizeof sums);
   }
 
   void multiply_both(const Memory& memory, const Tile& at) {
@@ -332,21 +334,21 @@ struct KeyBlock {
         gradient_row(memory.backward, at.batch, at.head, at.first_row + row, at.first_key, at.keys,
                      products + row * kBlock, grad);
     }
-    if constexpr (!kFloats) round_tiles(at.rows);
+    // Panels are as deep as a block.
+    const int64_t rest = (kBlock - at.rows) * kBlock * sizeof(float);
+    std::memset(weights + at.rows * kBlock, 0, rest);
+    std::memset(grads + at.rows * kBlock, 0, rest);
+    if constexpr (!kFloats) round_tiles();
   }
 
-  void round_tiles(int64_t rows) {
-    if (rows % 2 != 0) {
-      std::memset(weights + rows * kBlock, 0, sizeof(float) * kBlock);
-      std::memset(grads + rows * kBlock, 0, sizeof(float) * kBlock);
-    }
-    for (int64_t row = 0; row < rows; row += 2)
+  void round_tiles() {
+    for (int64_t row = 0; row < kBlock; row += 2)
       for (int lane = 0; lane < kBlock; lane += kLanes) {
         const int64_t at = row * kBlock + lane, pair = row / 2 * kBlock + lane;
         store_pairs(weight_pairs + pair, load(weights + at), load(weights + at + kBlock));
         store_pairs(grad_pairs + pair, load(grads + at), load(grads + at + kBlock));
       }
-    for (int64_t at = 0; at < rows * kBlock; at += kLanes)
+    for (int64_t at = 0; at < kBlock * kBlock; at += kLanes)
       store_rounded(reinterpret_cast<Bfloat16*>(grad_rows) + at, load(grads + at));
   }
 
@@ -379,15 +381,9 @@ static Status backward_in(const BackwardCall& given) {
     KeyBlock<Word>* block = held.get();
     RowLists lists(memory.call, memory.row_blocks, memory.key_blocks);
     if (!block || !lists.complete()) status.store(kNoMemory);
-    if constexpr (!std::is_same_v<Number, float>) {
 #pragma omp for schedule(static)
-      for (int64_t item = 0; item < memory.query_items; ++item) {
-        const int64_t head = item / memory.row_blocks % memory.call.heads;
-        const int64_t batch = item / memory.row_blocks / memory.call.heads;
-        if (given.gradients && block)
-          block->sum_delta(memory, batch, head, item % memory.row_blocks);
-      }
-    }
+    for (int64_t item = 0; item < memory.query_items; ++item)
+      if (block) block->refine_delta(memory, item);
 #pragma omp for schedule(static, 1)
     for (int64_t item = 0; item < items; ++item) {
       if (status.load() != kDone) continue;
