@@ -70,9 +70,9 @@ def lower(
     place = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     sites = [item for item in found if isinstance(item, Site)]
     sites.sort(key=lambda site: place[origin_of(site.output)])
-    for site in sites:
-        _prepare(site, options)
-    lowered = {s.output: _lowered(view, tracer, copies, s, options, memo) for s in sites}
+    _prepare(sites, options)
+    choices: dict[Problem, Choice] = {}  # layers alike are chosen for once
+    lowered = {s.output: _lowered(view, tracer, copies, s, options, memo, choices) for s in sites}
     results = [item if isinstance(item, Refused) else lowered[item.output] for item in found]
     sites = [result.site for result in results if isinstance(result, Lowered)]
     live = view.live_without({site.output: site.inputs for site in sites})
@@ -86,10 +86,15 @@ def lower(
     return Rewritten(rewritten, tuple(results))
 
 
-def _prepare(site: Site, options: Options) -> None:
+def _prepare(sites: Sequence[Site], options: Options) -> None:
     """Kernels of all sites are built at once; what is wrong with one is said in its turn."""
-    with contextlib.suppress(Exception):
-        prepare(problem_of(site), options)
+    problems: dict[Problem, None] = {}
+    for site in sites:
+        with contextlib.suppress(Exception):
+            problems[problem_of(site)] = None
+    for problem in problems:
+        with contextlib.suppress(Exception):
+            prepare(problem, options)
 
 
 def _copied(graph_module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -109,6 +114,7 @@ def _lowered(
     site: Site,
     options: Options,
     memo: dict[Any, Any],
+    choices: dict[Problem, Choice],
 ) -> Lowered | Refused:
     before = origin_of(site.output)
     emitter = Emitter(view, tracer, copies, before)
@@ -118,7 +124,9 @@ def _lowered(
             raise Refusal("a product whose call also writes it somewhere", site.output)
         problem = problem_of(site)
         begin = time.perf_counter()
-        choice = choose(problem, options)
+        if problem not in choices:
+            choices[problem] = choose(problem, options)
+        choice = choices[problem]
         seconds = time.perf_counter() - begin
         result = _call(emitter, site, problem, choice, memo)
         _replace(emitter, site, result)

@@ -268,6 +268,6 @@ def test_flex_is_built_anew_for_other_numbers_of_threads() -> None:
 
 
 def test_no_kernel_is_a_refusal_with_each_reason() -> None:
-    problem = dataclasses.replace(problem_of("softcap"), requires_grad=True)
-    with pytest.raises(Refusal, match=r"sdpa: .*strips: .*flex: "):
+    problem = dataclasses.replace(problem_of("softcap", torch.float64), requires_grad=True)
+    with pytest.raises(Refusal, match=r"sdpa: .*strips: .*flex: .*cpp: "):
         choose(problem, Options())
