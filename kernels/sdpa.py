@@ -22,6 +22,7 @@ from adaattn_compiler.kernels.evaluate import (
     rank_of,
 )
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.kernels.through_op import FILLED_ROWS, fills_rows
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, k, q
 
 CAUSAL = sympy.Ge(q - k, 0)
@@ -38,8 +39,8 @@ class SdpaKernel:
         spec = problem.spec
         if spec.sink is not None:
             return "SDPA has no sinks"
-        if problem.requires_grad and _fills_rows(spec):
-            return "the gradient of a row without a key, filled with a number, is another"
+        if problem.requires_grad and fills_rows(spec):
+            return FILLED_ROWS
         if spec.bias is None:
             return "SDPA has no score function but a sum"
         return None
@@ -86,17 +87,6 @@ class SdpaKernel:
             return torch.where(empty, float("nan"), out)
 
         return attention
-
-
-# Beyond this a row's log-sum-exp, from which SDPA's backward starts, keeps nothing of the sum.
-_MOST_FOR_BACKWARD = 2e4
-
-
-def _fills_rows(spec: AttentionSpec) -> bool:
-    """Whether a row may be filled with a number so low that its scores and their sum are lost."""
-    if spec.empty_row is EmptyRow.UNIFORM:
-        return True
-    return any(abs(number) > _MOST_FOR_BACKWARD for number in spec.score.atoms(sympy.Number))
 
 
 def _rows_are_safe(spec: AttentionSpec) -> bool:

@@ -1,14 +1,16 @@
-"""What kernels behind `adaattn::attention` (ops.py) share: what the op cannot do, and its call."""
+"""What kernels share: what cannot be differentiated, and `adaattn::attention` (ops.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 
 from adaattn_compiler.kernels.evaluate import is_printable
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.spec import AttentionSpec, EmptyRow
 
 
 def op_refusal(problem: Problem) -> str | None:
@@ -22,6 +24,23 @@ def op_refusal(problem: Problem) -> str | None:
         if expression is not None and not is_printable(expression):
             return f"no code for {expression}"
     return None
+
+
+FILLED_ROWS = "the gradient of a row without a key, filled with a number, is another"
+
+# Beyond this a row's log-sum-exp, from which SDPA's backward starts, keeps nothing of the sum.
+_MOST_FOR_BACKWARD = 2e4
+
+
+def fills_rows(spec: AttentionSpec) -> bool:
+    """Whether a row may be filled with a number so low that its scores and their sum are lost.
+
+    Filled and added numbers are then alike, but only through what is added does a gradient flow:
+    a spec does not tell which it was.
+    """
+    if spec.empty_row is EmptyRow.UNIFORM:
+        return True
+    return any(abs(number) > _MOST_FOR_BACKWARD for number in spec.score.atoms(sympy.Number))
 
 
 def training_refusal(problem: Problem) -> str | None:

@@ -154,8 +154,8 @@ struct BackwardMemory {
       const int64_t batch = item / row_blocks / call.heads;
       for (int64_t row = 0; row < length_of_block(call.rows, block); ++row) {
         const int64_t at = item * kBlock + row, q = block * kBlock + row;
-        const float sink = kLog2e * sink_of(call, batch, head, q);
-        const float weight = std::exp2(sink - largest.get()[at]) * inverse.get()[at];
+        const float sink = sink_of(call, batch, head, q);
+        const float weight = std::exp(sink - largest.get()[at]) * inverse.get()[at];
         sink_gradient(backward, batch, head, q, -weight * delta.get()[at]);
       }
     }
@@ -307,7 +307,7 @@ struct KeyBlock {
       const float largest = memory.largest.get()[at.query * kBlock + row];
       const float inverse = memory.inverse.get()[at.query * kBlock + row];
       for (int lane = 0; lane < kBlock; lane += kLanes)
-        store(weight + lane, inverse * exp2_of_negative<false>(load(weight + lane) * factor - largest));
+        store(weight + lane, inverse * exp_of_negative<false>(load(weight + lane) * factor - largest));
     }
     if constexpr (kDropout > 0.0f) {
       for (int64_t row = 0; row < at.rows; ++row) {

@@ -20,7 +20,7 @@ struct Call {
   Tensor q, k, v, out;
   // What the forward pass leaves beside `out`, null where nobody asks for it, of each row [B, H, M]:
   float* lse;         // the logarithm of the sum of exp(score), natural
-  float* statistics;  // [2]: the largest score times log2(e), and the sum of exp(score - largest)
+  float* statistics;  // [2]: the largest score, and the sum of exp(score - largest)
   int64_t batch, heads, rows, columns;
   const Operand* operands;
   const int64_t* params;

@@ -91,7 +91,7 @@ class Arguments:
 
     q, k, v, out: [B,heads,length,dim], each with 1 as its last stride. params: the spec's numbers.
     seed: of dropout. Of each row, contiguous or None: lse [B,H,M], statistics [B,H,M,2] (the
-    largest score times log2(e), the sum of exp(score - largest)), both float32.
+    largest score, the sum of exp(score - largest)), both float32.
     """
 
     q: torch.Tensor

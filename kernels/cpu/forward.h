@@ -17,13 +17,13 @@
 constexpr int kBlockRows = 64, kStepBlocks = 4;
 constexpr int kStepKeys = kStepBlocks * kBlockKeys;
 
-// Products of a block become scores, and what is returned makes them powers of 2.
+// Products of a block become scores, but for a factor, which is returned.
 static inline float finish_block(const Call& call, int64_t batch, int64_t head, int64_t first_row,
                                  int64_t rows, int64_t block, bool masked, float* scores,
                                  int64_t stride) {
   const int64_t key = block * kBlockKeys;
   const int64_t keys = call.columns - key < kBlockKeys ? call.columns - key : kBlockKeys;
-  if (kPlain && !masked && keys == kBlockKeys && !call.key_bias) return kScale * kLog2e;
+  if (kPlain && !masked && keys == kBlockKeys && !call.key_bias) return kScale;
   for (int64_t row = 0; row < rows; ++row) {
     float* row_scores = scores + row * stride;
     if (masked)
@@ -37,7 +37,7 @@ static inline float finish_block(const Call& call, int64_t batch, int64_t head, 
       for (int64_t i = 0; i < keys; ++i) row_scores[i] += bias[i];
     }
   }
-  return kLog2e;
+  return 1.0f;
 }
 
 static void fill_empty_row(const Call& call, int64_t batch, int64_t head, Number* to) {
@@ -57,14 +57,14 @@ static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t ro
                        float sum, const float* weighted) {
   float scale = 1.0f;
 #if ADAATTN_HAS_SINK
-  const float sink = kLog2e * sink_of(call, batch, head, row);
+  const float sink = sink_of(call, batch, head, row);
   const float both = largest > sink ? largest : sink;
-  scale = largest == -kInfinity ? 0.0f : std::exp2(largest - both);
-  sum = sum * scale + (sink == -kInfinity ? 0.0f : std::exp2(sink - both));
+  scale = largest == -kInfinity ? 0.0f : std::exp(largest - both);
+  sum = sum * scale + (sink == -kInfinity ? 0.0f : std::exp(sink - both));
   largest = both;
 #endif
   const int64_t place = (batch * call.heads + head) * call.rows + row;
-  if (call.lse) call.lse[place] = largest == -kInfinity ? largest : kLn2 * largest + std::log(sum);
+  if (call.lse) call.lse[place] = largest == -kInfinity ? largest : largest + std::log(sum);
   if (call.statistics) {
     call.statistics[2 * place] = largest;
     call.statistics[2 * place + 1] = sum;

@@ -13,8 +13,7 @@ from adaattn_compiler.kernels.cpu.runner import BLOCK, configuration_of, cpp_run
 from adaattn_compiler.kernels.cpu.source import gradient_source_of, source_of
 from adaattn_compiler.kernels.cpu.training import training_call
 from adaattn_compiler.kernels.problem import Attention, Problem
-from adaattn_compiler.kernels.through_op import op_call, op_refusal
-from adaattn_compiler.spec import EmptyRow
+from adaattn_compiler.kernels.through_op import FILLED_ROWS, fills_rows, op_call, op_refusal
 
 # Time per unit of work beside SDPA's own, where nothing was measured.
 _TIME = {torch.float32: 0.8, torch.bfloat16: 0.5, torch.float16: 0.8}
@@ -41,8 +40,8 @@ class CppKernel:
         refused = op_refusal(problem)
         if refused is not None:
             return refused
-        if problem.requires_grad and problem.spec.empty_row is EmptyRow.UNIFORM:
-            return "the gradient of a row without a key, filled with a number, is another"
+        if problem.requires_grad and fills_rows(problem.spec):
+            return FILLED_ROWS
         made_for = configuration_of(problem)
         try:
             compiler()

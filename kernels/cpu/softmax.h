@@ -1,4 +1,4 @@
-// Online softmax of one block of query rows: a running maximum and sum for each row, in base 2.
+// Online softmax of one block of query rows: a running maximum and sum for each row.
 //
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al.,
 // "FlashAttention", 2022, algorithm 1.
@@ -9,11 +9,17 @@
 #include "vectors.h"
 
 struct RowState {
-  float largest = -kInfinity;  // of the scores so far, times log2(e)
-  Floats sum = {};             // of 2^(score - largest), by lanes
+  float largest = -kInfinity;  // of the scores so far
+  Floats sum = {};             // of exp(score - largest), by lanes
 };
 
-// Scores of one row become weights, 2^(factor * score - largest), in blocks of kBlock keys; returns
+// exp(x) for x <= 0, as exp2_of_negative has it.
+template <bool kCoarse>
+static inline Floats exp_of_negative(Floats x) {
+  return exp2_of_negative<kCoarse>(x * kLog2e);
+}
+
+// Scores of one row become weights, exp(factor * score - largest), in blocks of kBlock keys; returns
 // what earlier sums and outputs of the row must be multiplied by. `kept`, where it is not null, is
 // what dropout multiplies each weight by, after it was summed.
 template <int kBlock, typename Weight>
@@ -31,13 +37,13 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
     for (int64_t key = 0; key < blocks * kBlock; key += kLanes) store_rounded(weights + key, Floats{});
     return 1.0f;
   }
-  const float scale = state.largest == -kInfinity ? 0.0f : std::exp2(state.largest - largest);
+  const float scale = state.largest == -kInfinity ? 0.0f : std::exp(state.largest - largest);
   Floats sum = state.sum * scale;
   for (int64_t block = 0; block < blocks; ++block)
     for (int lane = 0; lane < kBlock; lane += kLanes) {
       const int64_t key = block * kBlock + lane;
       const Floats x = load(scores + key) * factor[block] - largest;
-      const Floats weight = exp2_of_negative<!std::is_same_v<Weight, float>>(x);
+      const Floats weight = exp_of_negative<!std::is_same_v<Weight, float>>(x);
       sum += weight;
       store_rounded(weights + key, kept ? weight * load(kept + key) : weight);
     }

@@ -17,7 +17,8 @@ from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S, k
 HEADERS = Path(__file__).parent
 
 _EMPTY_ROWS = {
-    EmptyRow.IMPOSSIBLE: "kZero",
+    # Then a row can only be -inf throughout because its scores are too large for a float.
+    EmptyRow.IMPOSSIBLE: "kNaN",
     EmptyRow.ZERO: "kZero",
     EmptyRow.NAN: "kNaN",
     EmptyRow.UNIFORM: "kUniform",

@@ -27,7 +27,6 @@ typedef uint32_t WordsAt __attribute__((vector_size(4 * kLanes), aligned(4), may
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 static inline Floats load(const float* at) { return *reinterpret_cast<const FloatsAt*>(at); }
 
