@@ -104,6 +104,15 @@ SPECS: dict[str, tuple[AttentionSpec, tuple[tuple[int, ...], ...], tuple[int, ..
         (),
     ),
     "finite fill": (AttentionSpec(0.3, Where(CAUSAL, S, sympy.Integer(-20))), (), ()),
+    "lowest fill": (
+        AttentionSpec(
+            0.3,
+            Where(sympy.And(CAUSAL, PADDING), S, sympy.Float(-3.4028234663852886e38)),
+            operands=(BOOL,),
+        ),
+        ((2, 90),),
+        (),
+    ),
     "prefix at run time": (
         AttentionSpec(0.3, mask=sympy.Or(CAUSAL, sympy.Ge(param(0) - k, 0)), params=1),
         (),
@@ -178,7 +187,7 @@ def test_kernel_is_as_accurate_as_eager(name: str, kernel: str, dtype: torch.dty
             assert dtype == torch.float64
             return
         assert kernel == "sdpa"
-        assert name in ("softcap", "sink", "sink of masked rows", "finite fill")
+        assert name in ("softcap", "sink", "sink of masked rows", "finite fill", "lowest fill")
         return
     ours, eager = call(chosen, problem), oracle(problem, dtype)
     if dtype == torch.float64:  # eager is the oracle itself: another order of sums is all there is
