@@ -17,6 +17,10 @@ log = logging.getLogger("adaattn_compiler")
 # Rounds in which each kernel runs once; fewer where they take long.
 _MOST_ROUNDS, _LEAST_ROUNDS = 5, 3
 _MOST_SECONDS = 1.5
+# A first call of so many seconds is a measurement itself: what it does but once weighs little.
+_LONG = 0.2
+# Kernels whose long first call takes so many times the least are out.
+_HOPELESS = 2.0
 # A kernel's rounds differ by no more than this where nothing else disturbs them.
 _STEADY = 1.6
 
@@ -49,34 +53,50 @@ def measured(kernels: Sequence[Kernel], problem: Problem) -> Measured:
     calls = {kernel.name: _call(kernel, problem) for kernel in kernels}
     able = {name: call for name, call in calls.items() if call is not None}
     with torch.set_grad_enabled(problem.requires_grad):
-        for name in list(able):
-            if not _works(name, able[name]):
-                del able[name]
-        rounds = _in_turns(able)
+        first = {name: _first_call(name, call) for name, call in able.items()}
+        rounds = _rounds({n: t for n, t in first.items() if t is not None}, able)
     return Measured(
         {name: min(seconds) for name, seconds in rounds.items()},
         all(_median(seconds) <= _STEADY * min(seconds) for seconds in rounds.values()),
     )
 
 
+def _rounds(
+    first: dict[str, float], calls: dict[str, Callable[[], object]]
+) -> dict[str, list[float]]:
+    """Seconds of each round, given those of the first calls, which count where they are long."""
+    least = min(first.values(), default=0.0)
+    if least <= _LONG:
+        return _in_turns({name: calls[name] for name in first})
+    near = {name: seconds for name, seconds in first.items() if seconds < _HOPELESS * least}
+    if len(near) == 1 or sum(near.values()) > _MOST_SECONDS:
+        return {name: [seconds] for name, seconds in near.items()}
+    again = _in_turns({name: calls[name] for name in near}, 1)
+    return {name: [near[name], *again[name]] for name in near}
+
+
 def _median(seconds: Sequence[float]) -> float:
     return sorted(seconds)[len(seconds) // 2]
 
 
-def _works(name: str, call: Callable[[], object]) -> bool:
+def _first_call(name: str, call: Callable[[], object]) -> float | None:
+    """Its seconds; None where it fails."""
+    begin = time.perf_counter()
     try:
         call()
     except Exception as error:
         warn_once(f"kernel {name} fails on random data: {first_line(error)}")
         log.debug("where it failed", exc_info=True)
-        return False
-    return True
+        return None
+    return time.perf_counter() - begin
 
 
-def _in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+def _in_turns(
+    calls: dict[str, Callable[[], object]], most: int = _MOST_ROUNDS
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
-    for turn in range(_MOST_ROUNDS):
+    for turn in range(most):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for name in order:
             start = time.perf_counter()
