@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adaattn_compiler.kernels import ops
 from adaattn_compiler.kernels.cpu.kernel import CppKernel
@@ -66,33 +66,35 @@ def choose(problem: Problem, options: Options) -> Choice:
     """The best kernel for a problem; Refusal, with each kernel's reason, where none can take it."""
     candidates = _candidates(problem, options)
     if len(candidates.kernels) == 1 or not options.measure:
-        return _built(candidates.kernels, problem, candidates.why)
-    return _fastest(candidates.kernels, problem, options)
+        return _built([*candidates.kernels, *candidates.others], problem, candidates.why)
+    return _fastest(candidates, problem, options)
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Kernels that may be the best, the least estimate first; why: if the first is chosen."""
+    """Kernels that may be the best, and the others, the least estimate first; why: if it is the
+    first that is chosen."""
 
     kernels: list[Kernel]
+    others: list[Kernel] = field(default_factory=list)
     why: str = "least cost by estimate"
 
 
 def _candidates(problem: Problem, options: Options) -> _Candidates:
     able, unable = _able(problem, options)
     if len(able) == 1:
-        return _Candidates(able, f"the only one that can ({'; '.join(unable)})")
+        return _Candidates(able, why=f"the only one that can ({'; '.join(unable)})")
     costs = {kernel: kernel.cost(problem) for kernel in able}
     able.sort(key=lambda kernel: costs[kernel])
     ready = [kernel for kernel in able if kernel.seconds_to_build == 0]
     if ready and costs[ready[0]] < _SMALL:
-        return _Candidates(ready[:1], "least cost by estimate, and too small to measure")
+        return _Candidates(ready[:1], why="least cost by estimate, and too small to measure")
     near = [
         kernel
         for kernel in able
         if costs[kernel] <= _SURELY_SLOWER * costs[able[0]] and _worth_building(kernel, costs)
     ]
-    return _Candidates(near)
+    return _Candidates(near, [kernel for kernel in able if kernel not in near])
 
 
 def _worth_building(kernel: Kernel, costs: Mapping[Kernel, float]) -> bool:
@@ -136,7 +138,8 @@ def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:
     raise Refusal("; ".join(failures))
 
 
-def _fastest(near: list[Kernel], problem: Problem, options: Options) -> Choice:
+def _fastest(candidates: _Candidates, problem: Problem, options: Options) -> Choice:
+    near = candidates.kernels
     table = MeasurementTable(options.cache_dir)
     key = _key(near, problem)
     times = table.get(key)
@@ -146,11 +149,12 @@ def _fastest(near: list[Kernel], problem: Problem, options: Options) -> Choice:
         if times and found.steady:
             table.put(key, times)
     if not times:
-        return _built(near, problem, "least cost by estimate")
+        return _built([*near, *candidates.others], problem, candidates.why)
     order = sorted(near, key=lambda kernel: times.get(kernel.name, float("inf")))
     others = ", ".join(
         f"{name} {1e3 * t:.2f} ms" for name, t in sorted(times.items(), key=lambda i: i[1])
     )
+    order += candidates.others
     choice = _built(order, problem, f"measured: {others}")
     return Choice(choice.kernel, choice.why, tuple(sorted(times.items())))
 

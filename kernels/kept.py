@@ -24,6 +24,6 @@ class Kept(Generic[Value]):
                 return self._values[key]
         value = make()
         with self._lock:
-            while len(self._values) >= self._most:
+            while key not in self._values and len(self._values) >= self._most:
                 del self._values[next(iter(self._values))]
             return self._values.setdefault(key, value)

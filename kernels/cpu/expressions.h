@@ -51,7 +51,7 @@ static inline float exp2_of_negative(float x) {
   p = p * f + 2.40222421e-1f;
   p = p * f + 6.93146978e-1f;
   p = p * f + 1.0f;
-  return float_of_bits(bits_of(p) + (bits_of(whole) << 23));
+  return p * float_of_bits((bits_of(whole) + 127) << 23);
 }
 
 // Relative error 2^-23: x + x^3 P(x^2) near 0 (minimax), elsewhere by 2^(-2 |x| log2 e).

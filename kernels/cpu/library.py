@@ -12,6 +12,7 @@ Private torch, checked with 2.11 and 2.13: the compiler that Inductor would take
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -57,7 +58,8 @@ def library(source: str) -> ctypes.CDLL:
 
 def start_building(source: str) -> None:
     """Let a library be built beside what goes on; failures show where it is asked for."""
-    _builds(os.getpid()).of(source)
+    with contextlib.suppress(CannotBuild):
+        _builds(os.getpid()).of(source)
 
 
 class _Builds:
@@ -65,16 +67,18 @@ class _Builds:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(2, "adaattn-build")
-        self._found: dict[tuple[str, ...], Future[ctypes.CDLL]] = {}
+        self._found: dict[Path, Future[ctypes.CDLL]] = {}
         self._lock = threading.Lock()
 
     def of(self, source: str) -> Future[ctypes.CDLL]:
+        # Here, not where it is built: Inductor's settings may be those of a thread.
+        command = (compiler(), *_FLAGS, *machine_flags())
+        path = _folder() / f"{_key(source, command)}.so"
         with self._lock:
-            key = (source, str(_folder()), *machine_flags())
-            found = self._found.get(key)
+            found = self._found.get(path)
             if found is None or (found.done() and found.exception() is not None):
-                found = self._threads.submit(_loaded, source)
-                self._found[key] = found
+                found = self._threads.submit(_loaded, source, command, path)
+                self._found[path] = found
             return found
 
 
@@ -84,9 +88,7 @@ def _builds(process: int) -> _Builds:
     return _Builds()
 
 
-def _loaded(source: str) -> ctypes.CDLL:
-    command = (compiler(), *_FLAGS, *machine_flags())
-    path = _folder() / f"{_key(source, command)}.so"
+def _loaded(source: str, command: tuple[str, ...], path: Path) -> ctypes.CDLL:
     if not _is_whole(path):
         _build(source, command, path)
     try:

@@ -6,8 +6,10 @@ import ast
 import ctypes
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
+import sympy
 import torch
 
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
@@ -31,7 +33,7 @@ from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import Dropped, attention_by_rows, gradients_by_rows
 from adaattn_compiler.kernels.through_op import with_unit_stride
-from adaattn_compiler.spec import AttentionSpec
+from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, b, h, k, q
 
 # Rows and keys of a block (forward.h, pack.h).
 BLOCK = (64, 64)
@@ -86,10 +88,7 @@ def cpp_runner(plan: str) -> CppRunner:
 
 
 class CppRunner:
-    """A library with the plans of the lengths that it has met.
-
-    differentiable: the operands to which a gradient can flow.
-    """
+    """A library with the plans of the lengths that it has met."""
 
     carries_nan = True
 
@@ -98,7 +97,6 @@ class CppRunner:
         self.made_for = made_for
         self._library = library(source_of(made_for))
         self._dtypes = tuple(getattr(torch, name) for name in made_for.operands)
-        self.differentiable = gradient_operands(self.spec)
         self._plans: Kept[Plan] = Kept(_KEPT_LENGTHS)
 
     def __call__(
@@ -120,6 +118,7 @@ class CppRunner:
         """
         self._check(q_BHMD, k_BGND, v_BGNE, operands)
         batch, heads, rows, _ = q_BHMD.shape
+        given_plan = plan
         if plan is None:
             plan = self._exact_plan(rows, k_BGND.shape[2], params)
         else:
@@ -140,11 +139,20 @@ class CppRunner:
         status = forward(self._library, arguments)
         if not _is_done(status):
             # Skipped and masked keys would not carry NaN where it belongs; written out, it does.
-            dropped = _dropped(self.spec, seed)
+            spec, extra = self.spec, list(operands)
+            if given_plan is not None:
+                sizes = (rows, k_BGND.shape[2])
+                spec, extra = _with_plan(spec, extra, given_plan, sizes)
+            dropped = _dropped(spec, seed)
             return attention_by_rows(
-                q_BHMD, k_BGND, v_BGNE, operands, params, self.spec, lse=lse, dropped=dropped
+                q_BHMD, k_BGND, v_BGNE, extra, params, spec, lse=lse, dropped=dropped
             )
         return out
+
+    @functools.cached_property
+    def differentiable(self) -> frozenset[int]:
+        """The operands to which a gradient can flow."""
+        return gradient_operands(self.spec)
 
     @functools.cached_property
     def _gradient_library(self) -> ctypes.CDLL:
@@ -164,12 +172,12 @@ class CppRunner:
 
         arguments: with out and statistics as the forward pass left them; its plan is not read.
         """
-        q, k, v, operands = arguments.q, arguments.k, arguments.v, arguments.operands
-        self._check(q, k, v, operands)
-        plan = self._exact_plan(q.shape[2], k.shape[2], arguments.params)
+        qkv = (arguments.q, arguments.k, arguments.v)
+        operands = arguments.operands
+        self._check(*qkv, operands)
+        plan = self._exact_plan(qkv[0].shape[2], qkv[1].shape[2], arguments.params)
         grads = [
-            t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
-            for t in (q, k, v)
+            t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in qkv
         ]
         copies = [
             _gradient_copies(operand) if want else None
@@ -177,9 +185,9 @@ class CppRunner:
         ]
         given = dataclasses.replace(
             arguments,
-            q=with_unit_stride(q),
-            k=with_unit_stride(k),
-            v=with_unit_stride(v),
+            q=with_unit_stride(arguments.q),
+            k=with_unit_stride(arguments.k),
+            v=with_unit_stride(arguments.v),
             out=with_unit_stride(arguments.out),
             operands=self._stored(operands),
             plan=plan,
@@ -188,7 +196,7 @@ class CppRunner:
         if not _is_done(status):
             return gradients_by_rows(
                 grad_out,
-                (q, k, v),
+                qkv,
                 operands,
                 arguments.params,
                 self.spec,
@@ -239,6 +247,37 @@ class CppRunner:
         for operand, kind in zip(operands, self.spec.operands, strict=True):
             if operand.dim() != kind.rank:
                 raise ValueError(f"an operand of {operand.dim()} axes instead of {kind.rank}")
+
+
+def _with_plan(
+    spec: AttentionSpec, operands: list[torch.Tensor], plan: Plan, sizes: tuple[int, int]
+) -> tuple[AttentionSpec, list[torch.Tensor]]:
+    """A spec and operands that say what a plan adds: its blocks as a mask, its bias by key."""
+    allowed = _attended(plan, sizes)
+    at = len(operands)
+    lead = [axis if size > 1 else 0 for axis, size in zip((b, h), allowed.shape, strict=False)]
+    mask = sympy.And(spec.mask, sympy.Ne(Load(at, *lead, q, k), 0))
+    score, kinds, found = spec.score, [OperandSpec("bool", 4)], [allowed]
+    if plan.key_bias is not None:
+        shape = plan.key_bias.shape
+        lead = [axis if size > 1 else 0 for axis, size in zip((b, h), shape, strict=False)]
+        score = score + Load(at + 1, *lead, k)
+        kinds.append(OperandSpec("float", 3))
+        found.append(plan.key_bias)
+    added = dataclasses.replace(spec, mask=mask, score=score, operands=(*spec.operands, *kinds))
+    return added, [*operands, *found]
+
+
+def _attended(plan: Plan, sizes: tuple[int, int]) -> torch.Tensor:
+    """Which keys a plan's lists let each row see: bool [B|1, H|1, M, N]."""
+    batch, heads, ends = plan.offsets.shape
+    allowed = torch.zeros(batch, heads, ends - 1, -(-sizes[1] // BLOCK[1]), dtype=torch.bool)
+    for place, lists in enumerate(plan.offsets.flatten(0, 1).tolist()):
+        for row, (start, end) in enumerate(itertools.pairwise(lists)):
+            blocks = plan.blocks[start:end].long() >> 1
+            allowed[place // heads, place % heads, row, blocks] = True
+    wide = allowed.repeat_interleave(BLOCK[0], 2).repeat_interleave(BLOCK[1], 3)
+    return wide[:, :, : sizes[0], : sizes[1]]
 
 
 def _is_done(status: int) -> bool:

@@ -19,6 +19,12 @@ static inline Floats exp_of_negative(Floats x) {
   return exp2_of_negative<kCoarse>(x * kLog2e);
 }
 
+// A score: a product times the scale, or times 1 where that is done. Rounded as the maximum is, or the
+// largest of huge scores would not be that.
+static inline Floats scored(Floats product, float factor) {
+  return kScaleIsExact ? product * factor : rounded(product * factor);
+}
+
 // Scores of one row become weights, exp(factor * score - largest), in blocks of kBlock keys; returns
 // what earlier sums and outputs of the row must be multiplied by. `kept`, where it is not null, is
 // what dropout multiplies each weight by, after it was summed.
@@ -34,6 +40,11 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
     if (!(here <= largest)) largest = here;  // NaN comes through
   }
   if (largest == -kInfinity) {
+    // NaN is less than nothing for `larger`: it may be all that the row has.
+    for (int64_t key = 0; key < blocks * kBlock; ++key)
+      if (scores[key] != scores[key]) largest = kNaN;
+  }
+  if (largest == -kInfinity) {
     for (int64_t key = 0; key < blocks * kBlock; key += kLanes) store_rounded(weights + key, Floats{});
     return 1.0f;
   }
@@ -42,7 +53,7 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
   for (int64_t block = 0; block < blocks; ++block)
     for (int lane = 0; lane < kBlock; lane += kLanes) {
       const int64_t key = block * kBlock + lane;
-      const Floats x = load(scores + key) * factor[block] - largest;
+      const Floats x = scored(load(scores + key), factor[block]) - largest;
       const Floats weight = exp_of_negative<!std::is_same_v<Weight, float>>(x);
       sum += weight;
       store_rounded(weights + key, kept ? weight * load(kept + key) : weight);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ def _constants(made_for: Configuration) -> str:
 constexpr int kHeadDim = {made_for.head_dim}, kValueDim = {made_for.value_dim};
 constexpr int kGroup = {spec.group};
 constexpr float kScale = {float_literal(spec.scale)}, kDropout = {float_literal(spec.dropout_p)};
+constexpr bool kScaleIsExact = {_flag(math.frexp(abs(spec.scale))[0] in (0.0, 0.5))};
 constexpr bool kPlain = {_flag(plain)}, kMixedPrecision = {_flag(made_for.mixed)};
 constexpr EmptyRow kEmptyRow = EmptyRow::{_EMPTY_ROWS[spec.empty_row]};"""
 

@@ -35,6 +35,18 @@ static inline void store(float* at, Floats value) { *reinterpret_cast<FloatsAt*>
 // x in every lane; subtracting zero leaves even -0 and NaN as they are.
 static inline Floats all(float x) { return x - Floats{}; }
 
+// A product that is rounded before something is added to it: no fused operation takes both.
+static inline Floats rounded(Floats product) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 // NaN in `a` is lost, NaN in `b` is kept: the way of the machine's own instruction.
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
@@ -94,8 +106,9 @@ static inline Floats sums_of(const Floats* vectors) {
 // result that is rounded to bfloat16 afterwards (2^-9).
 //
 // x = n + f with n whole and |f| <= 1/2: a polynomial gives 2^f (minimax under the condition that it
-// is 1 at 0), and n is added to its exponent. Adding 1.5 * 2^23 rounds to whole numbers and leaves n
-// in the low bits of the sum. At x = -127 the exponent's bits become 0: the number 0.
+// is 1 at 0), 2^n is made of bits. Adding 1.5 * 2^23 rounds to whole numbers and leaves n in the low
+// bits of the sum; at -127 the exponent's bits become 0: the number 0. (Adding n to the bits of 2^f
+// would save an operation, and make numbers of some NaN.)
 template <bool kCoarse>
 static inline Floats exp2_of_negative(Floats x) {
   const Floats rounding = all(12582912.0f);
@@ -114,5 +127,5 @@ static inline Floats exp2_of_negative(Floats x) {
     p = p * f + 6.93146978e-1f;
   }
   p = p * f + 1.0f;
-  return (Floats)((Ints)p + ((Ints)whole << 23));
+  return p * (Floats)(((Ints)whole + 127) << 23);
 }

@@ -114,3 +114,66 @@ def test_times_that_are_none_are_measured_again(text: str, clock: Clock, tmp_pat
     file.write_text(text)
     assert choose(problem(), options(tmp_path)).kernel.name == "strips"
     assert clock.asked == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Stub:
+    """A kernel that can take anything, for as much as it says."""
+
+    name: str
+    estimate: float
+    seconds_to_build: float = 0.0
+    fails: bool = False
+
+    def refusal(self, problem: Problem) -> str | None:
+        return None
+
+    def cost(self, problem: Problem) -> float:
+        return self.estimate
+
+    def build(self, problem: Problem) -> Any:
+        if self.fails:
+            raise RuntimeError("not on this machine")
+
+    def prepare(self, problem: Problem) -> None:
+        pass
+
+    def source(self, problem: Problem) -> str | None:
+        return None
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, *stubs: Stub) -> module.Choice:
+    """The choice among them by their estimates."""
+    monkeypatch.setattr(module, "kernels", lambda: stubs)
+    return choose(problem(), Options(kernels=("sdpa", "flex", "cpp"), measure=False))
+
+
+@pytest.mark.parametrize(("estimate", "name"), [(0.95e9, "sdpa"), (0.5e9, "cpp")])
+def test_what_takes_longer_to_build_has_to_promise_more(
+    estimate: float, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = chosen(monkeypatch, Stub("sdpa", 1e9), Stub("cpp", estimate, 2.0))
+    assert (choice.kernel.name, choice.why) == (name, "least cost by estimate")
+
+
+def test_what_takes_longest_to_build_is_compared_with_what_takes_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = Stub("sdpa", 2e9), Stub("cpp", 1e9, 2.0)
+    assert chosen(monkeypatch, *others, Stub("flex", 0.95e9, 20.0)).kernel.name == "cpp"
+    assert chosen(monkeypatch, *others, Stub("flex", 0.5e9, 20.0)).kernel.name == "flex"
+
+
+def test_small_problem_takes_what_need_not_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, Stub("cpp", 1.0, 2.0), Stub("sdpa", 1e6))
+    assert choice.kernel.name == "sdpa"
+    assert choice.why == "least cost by estimate, and too small to measure"
+
+
+@pytest.mark.parametrize("estimate", [2e9, 1e12])
+def test_kernel_that_cannot_be_built_gives_way(
+    estimate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = chosen(monkeypatch, Stub("cpp", 1e9, 2.0, fails=True), Stub("sdpa", estimate))
+    assert choice.kernel.name == "sdpa"
+    assert choice.why == "cpp could not be built: RuntimeError: not on this machine"
