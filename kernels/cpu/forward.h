@@ -41,6 +41,26 @@ static inline float finish_block(const Call& call, int64_t batch, int64_t head, 
   return 1.0f;
 }
 
+// Strips of a block of query rows, as the products take them.
+constexpr int kStrips = (kBlockRows + kTileRows - 1) / kTileRows;
+
+// Of each strip of rows the keys of a block from the first to the last that any of them attends to;
+// in pairs, as bfloat16 takes them.
+static inline void find_parts(const Call& call, int64_t batch, int64_t head, int64_t first_row,
+                              int64_t rows, int64_t block, Range* parts) {
+  const int64_t key = block * kBlockKeys;
+  const int64_t keys = call.columns - key < kBlockKeys ? call.columns - key : kBlockKeys;
+  for (int64_t strip = 0; strip * kTileRows < rows; ++strip) {
+    alignas(64) int32_t attended[kBlockKeys] = {};
+    for (int64_t row = strip * kTileRows; row < rows && row < (strip + 1) * kTileRows; ++row)
+      mark_attended(call, batch, head, first_row + row, key, keys, attended);
+    int from = 0, to = kBlockKeys;
+    while (from < to && !attended[from]) ++from;
+    while (from < to && !attended[to - 1]) --to;
+    parts[strip] = {from / 2 * 2, (to + 1) / 2 * 2};
+  }
+}
+
 static void fill_empty_row(const Call& call, int64_t batch, int64_t head, Number* to) {
   if constexpr (kEmptyRow == EmptyRow::kUniform) {
     double sum[kValueDim] = {};
@@ -153,19 +173,36 @@ struct QueryBlock {
   void visit(const Call& call, const PackedKeys<KeyWord, ValueWord>& packed,
              const int32_t* entries, int64_t count) {
     float factor[kStepBlocks];
+    Range parts[kStepBlocks][kStrips];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t block = entries[i] >> 1;
-      multiply<kBlockKeys>(rows, queries, kQueryWords, packed.keys_of(batch, head / kGroup, block),
-                           scores + i * kBlockKeys, kStepKeys, kQueryWords, false);
-      factor[i] = finish_block(call, batch, head, first, rows, block, entries[i] & 1,
-                               scores + i * kBlockKeys, kStepKeys);
+      const bool masked = entries[i] & 1;
+      const KeyWord* keys = packed.keys_of(batch, head / kGroup, block);
+      float* products = scores + i * kBlockKeys;
+      if (masked) {
+        find_parts(call, batch, head, first, rows, block, parts[i]);
+        multiply_columns<kBlockKeys>(rows, queries, kQueryWords, keys, products, kStepKeys,
+                                     kQueryWords, parts[i]);
+      } else {
+        multiply<kBlockKeys>(rows, queries, kQueryWords, keys, products, kStepKeys, kQueryWords,
+                             false);
+      }
+      factor[i] =
+          finish_block(call, batch, head, first, rows, block, masked, products, kStepKeys);
     }
     weigh(call, entries, factor, count);
-    for (int64_t i = 0; i < count; ++i)
-      multiply<kOut>(rows, weight_words() + i * kBlockKeys / kInWord<ValueWord>,
-                     kStepKeys / kInWord<ValueWord>,
-                     packed.values_of(batch, head / kGroup, entries[i] >> 1), out, kOut,
-                     kBlockKeys / kInWord<ValueWord>, true);
+    for (int64_t i = 0; i < count; ++i) add_values(packed, entries[i], i, parts[i]);
+  }
+
+  // The i-th block of a step.
+  void add_values(const PackedKeys<KeyWord, ValueWord>& packed, int32_t entry, int64_t i,
+                  Range* parts) {
+    constexpr int kWord = kInWord<ValueWord>;
+    for (int strip = 0; kWord > 1 && (entry & 1) && strip < kStrips; ++strip)
+      parts[strip] = {parts[strip].from / kWord, parts[strip].to / kWord};
+    multiply<kOut>(rows, weight_words() + i * kBlockKeys / kWord, kStepKeys / kWord,
+                   packed.values_of(batch, head / kGroup, entry >> 1), out, kOut,
+                   kBlockKeys / kWord, true, entry & 1 ? parts : nullptr);
   }
 
   void weigh(const Call& call, const int32_t* entries, const float* factor, int64_t count) {

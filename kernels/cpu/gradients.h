@@ -2,9 +2,10 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include "expressions.h"
+
+// OpenMP's own, whose header not every compiler brings.
+extern "C" int omp_get_thread_num(void) noexcept;
 
 // This thread's copy of an operand's gradient; null where nobody asks for it.
 static inline float* gradient_of(const BackwardCall& backward, int operand) {

@@ -53,6 +53,7 @@ def source_of(made_for: Configuration) -> str:
         '#include "expressions.h"',
         _constants(made_for),
         _score_row(made_for),
+        _attended(made_for),
         _sink(made_for),
         '#include "attention.h"',
         _FORWARD,
@@ -66,6 +67,7 @@ def gradient_source_of(made_for: Configuration) -> str:
         '#include "expressions.h"\n#include "gradients.h"',
         _constants(made_for),
         _score_row(made_for),
+        _attended(made_for),
         _sink(made_for),
         _gradient_row(made_for),
         _sink_gradient(made_for),
@@ -133,6 +135,19 @@ def _score_row(made_for: Configuration) -> str:
         "static inline void score_row(const Call& call, int b, int h, int q, int first, int keys,\n"
         "                             float* scores)",
         [*sizes_of(spec.params, spec.score, spec.mask), *row.statements, *_loop(inside)],
+    )
+
+
+def _attended(made_for: Configuration) -> str:
+    """The function that says to which keys of one block a row attends."""
+    spec, row = made_for.spec, made_for.row()
+    mask = row.printed(spec.mask)
+    inside = [_key_of_step(spec.mask), f"attended[i] |= {mask};"]
+    return _function(
+        "// Marks the keys that query row q attends to.\n"
+        "static inline void mark_attended(const Call& call, int b, int h, int q, int first,\n"
+        "                                 int keys, int32_t* attended)",
+        [*sizes_of(spec.params, spec.mask), *row.statements, *_loop(inside)],
     )
 
 

@@ -240,6 +240,40 @@ def test_tensors_that_it_was_not_made_for_are_refused() -> None:
         dataclasses.replace(inputs, operands=(inputs.operands[0][None],)).through(runner)
 
 
+# -- what a mask leaves out ------------------------------------------------------------------------
+
+# Strips of rows with no key, one key, keys with gaps between, and keys at either end of a block.
+GAPS = {
+    "strips of no keys": sympy.Ge(sympy.Mod(q, 13) - 6, 0),
+    "one key": sympy.Eq(sympy.Mod(q, 64), k),
+    "every eleventh key": sympy.Eq(sympy.Mod(k - q, 11), 0),
+    "either end": sympy.Or(sympy.Eq(sympy.Mod(k, 64), 0), sympy.Eq(sympy.Mod(k, 64), 63)),
+    "odd ends": sympy.And(sympy.Ge(k - 17, 0), sympy.Ge(46 - k, 0)),
+    "causal": sympy.Ge(q - k, 0),
+    "causal from the end": sympy.Ge(k - q, 0),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
+def test_masks_of_any_form_within_a_block_are_kept(name: str, dtype: torch.dtype) -> None:
+    spec = AttentionSpec(0.25, mask=GAPS[name], empty_row=EmptyRow.ZERO, group=GROUP)
+    runner = runner_of(spec, (32, 16), dtype)
+    for rows, columns in [(64, 64), (70, 130), (131, 129)]:
+        inputs = random_inputs(rows, columns, spec, (32, 16), dtype)
+        assert_right(inputs.through(runner), inputs, spec)
+
+
+def test_overflow_under_a_mask_is_masked() -> None:
+    spec = AttentionSpec(0.25, mask=sympy.Ge(q - k, 0), group=GROUP)
+    inputs = random_inputs(70, 130, spec)
+    inputs.q.copy_(inputs.q.abs()).mul_(1e10)
+    inputs.k.mul_(1e-10)[:, :, 100:] = 1e30
+    ours = inputs.through(runner_of(spec))
+    assert ours.isfinite().all()
+    assert_right(ours, inputs, spec)
+
+
 # -- values ----------------------------------------------------------------------------------------
 
 
