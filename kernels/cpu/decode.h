@@ -159,48 +159,90 @@ static void join(const Call& call, int64_t batch, int64_t head, int64_t row, con
   finish_row(call, batch, head, row, largest, sum, out);
 }
 
-static Status decode(const Call& call) {
+// Of the query heads from `head` on those blocks of their list that any row attends to: where rows are
+// few, lists name more than that (kernels/cpu/runner.py). How many.
+static int64_t attended_blocks(const Call& call, int64_t batch, int64_t head, int64_t heads,
+                               const int32_t* list, int64_t count, int32_t* found) {
+  int64_t length = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t key = int64_t(list[i] >> 1) * kBlockKeys, rest = call.columns - key;
+    alignas(64) int32_t attended[kBlockKeys] = {};
+    for (int64_t at = 0; (list[i] & 1) && at < (kMaskOfHead ? heads : 1); ++at)
+      for (int64_t row = 0; row < call.rows; ++row)
+        mark_attended(call, batch, head + at, row, key, rest < kBlockKeys ? rest : kBlockKeys,
+                      attended);
+    int32_t any = !(list[i] & 1);
+    for (int k = 0; k < kBlockKeys; ++k) any |= attended[k];
+    if (any) found[length++] = list[i];
+  }
+  return length;
+}
+
+// The work of a call: heads that share keys and a list, and shares of the keys of each.
+struct Shares {
   // Lists of their own keep the heads of a group apart.
-  const int64_t together = call.list_head_stride == 0 ? kGroup : 1;
-  const int64_t groups = call.heads / together, rows = together * call.rows;
-  int64_t longest = 0;
-  for (int64_t batch = 0; batch < call.batch; ++batch)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int32_t* offset = call.offsets + batch * call.list_batch_stride +
-                              group * together * call.list_head_stride;
-      if (offset[1] - offset[0] > longest) longest = offset[1] - offset[0];
-    }
-  // Two shares for each thread, that none waits long for another.
-  int64_t shares = (2 * call.threads + call.batch * groups - 1) / (call.batch * groups);
-  const int64_t most = longest / kLeastShare > 1 ? longest / kLeastShare : 1;
-  shares = shares < most ? shares : most;
-  const int64_t items = call.batch * groups * shares;
-  auto parts = buffer_of<Part>(items * rows);
-  if (!parts) return kNoMemory;
+  explicit Shares(const Call& call)
+      : together(call.list_head_stride == 0 ? kGroup : 1),
+        groups(call.heads / together),
+        all_groups(call.batch * groups),
+        rows(together * call.rows),
+        longest(0) {
+    for (int64_t group = 0; group < all_groups; ++group)
+      if (length_of(call, group) > longest) longest = length_of(call, group);
+    // Two for each thread, that none waits long for another.
+    const int64_t wanted = (2 * call.threads + all_groups - 1) / all_groups;
+    const int64_t most = longest / kLeastShare > 1 ? longest / kLeastShare : 1;
+    shares = wanted < most ? wanted : most;
+  }
+
+  int64_t batch_of(int64_t group) const { return group / groups; }
+  int64_t head_of(int64_t group) const { return group % groups * together; }
+  const int32_t* list_of(const Call& call, int64_t group) const {
+    return call.offsets + batch_of(group) * call.list_batch_stride +
+           head_of(group) * call.list_head_stride;
+  }
+  int64_t length_of(const Call& call, int64_t group) const {
+    return list_of(call, group)[1] - list_of(call, group)[0];
+  }
+
+  int64_t together, groups, all_groups, rows, longest, shares;
+};
+
+static Status decode(const Call& call) {
+  const Shares work(call);
+  const int64_t items = work.all_groups * work.shares;
+  auto parts = buffer_of<Part>(items * work.rows);
+  auto blocks = buffer_of<int32_t>(work.all_groups * work.longest);
+  auto counts = buffer_of<int64_t>(work.all_groups);
+  if (!parts || !blocks || !counts) return kNoMemory;
   std::atomic<int64_t> status{kDone};
 #pragma omp parallel num_threads(items < call.threads ? items : call.threads)
   {
     auto memory = buffer_of<FewRows>(1);
     FewRows* few = memory.get();
     if (!few) status.store(kNoMemory);
+#pragma omp for schedule(static)
+    for (int64_t group = 0; group < work.all_groups; ++group)
+      counts[group] = attended_blocks(call, work.batch_of(group), work.head_of(group),
+                                      work.together, call.blocks + work.list_of(call, group)[0],
+                                      work.length_of(call, group),
+                                      blocks.get() + group * work.longest);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < items; ++item) {
       if (!few) continue;
-      const int64_t share = item % shares, group = item / shares % groups;
-      const int64_t batch = item / shares / groups, head = group * together;
-      const int32_t* offset =
-          call.offsets + batch * call.list_batch_stride + head * call.list_head_stride;
-      const int64_t count = offset[1] - offset[0];
-      const int64_t from = count * share / shares, to = count * (share + 1) / shares;
-      Part* part = parts.get() + ((batch * groups + group) * shares + share) * rows;
-      if (!few->start(call, batch, head, together) |
-          !few->visit(call, call.blocks + offset[0] + from, to - from, part))
-        status.store(kNotFinite);
+      const int64_t share = item % work.shares, group = item / work.shares;
+      const int64_t from = counts[group] * share / work.shares;
+      const int64_t to = counts[group] * (share + 1) / work.shares;
+      const bool finite =
+          few->start(call, work.batch_of(group), work.head_of(group), work.together) &
+          few->visit(call, blocks.get() + group * work.longest + from, to - from,
+                     parts.get() + item * work.rows);
+      if (!finite) status.store(kNotFinite);
     }
   }
-  for (int64_t item = 0; item < call.batch * groups && status.load() == kDone; ++item)
-    for (int64_t row = 0; row < rows; ++row)
-      join(call, item / groups, item % groups * together + row / call.rows, row % call.rows,
-           parts.get() + item * shares * rows + row, shares, rows);
+  for (int64_t group = 0; group < work.all_groups && status.load() == kDone; ++group)
+    for (int64_t row = 0; row < work.rows; ++row)
+      join(call, work.batch_of(group), work.head_of(group) + row / call.rows, row % call.rows,
+           parts.get() + group * work.shares * work.rows + row, work.shares, work.rows);
   return Status(status.load());
 }

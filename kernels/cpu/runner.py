@@ -37,6 +37,9 @@ from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, b, h, k, q
 
 # Rows and keys of a block (forward.h, pack.h).
 BLOCK = (64, 64)
+# Up to so many rows the library finds for itself which blocks are attended to (decode.h): a cache
+# that grows has another length in each call.
+_FEW_ROWS = 8
 _KEPT_LENGTHS = 16
 
 
@@ -120,7 +123,7 @@ class CppRunner:
         batch, heads, rows, _ = q_BHMD.shape
         given_plan = plan
         if plan is None:
-            plan = self._exact_plan(rows, k_BGND.shape[2], params)
+            plan = self._forward_plan(rows, k_BGND.shape[2], params)
         else:
             _check_plan(plan, (batch, heads, rows, k_BGND.shape[2]), self.made_for.mixed)
         out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
@@ -211,6 +214,13 @@ class CppRunner:
             with_unit_stride(operand.to(dtype))
             for operand, dtype in zip(operands, self._dtypes, strict=True)
         ]
+
+    def _forward_plan(self, rows: int, columns: int, params: Sequence[int]) -> Plan:
+        if rows > _FEW_ROWS:
+            return self._exact_plan(rows, columns, params)
+        blocks = -(-columns // BLOCK[1])
+        masked = self.spec.mask != sympy.true
+        return self._plans.get(blocks, lambda: Plan(*_every_block(blocks, masked)))
 
     def _exact_plan(self, rows: int, columns: int, params: Sequence[int]) -> Plan:
         """The lists of the spec's own mask."""
@@ -319,6 +329,12 @@ def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:
     torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[0, 0, 1:])
     row, column = seen.nonzero(as_tuple=True)
     return offsets, (2 * column + structure.partial[row, column]).to(torch.int32)
+
+
+def _every_block(blocks: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offsets, blocks) of a Plan for one block of rows that may meet every key."""
+    offsets = torch.tensor([[[0, blocks]]], dtype=torch.int32)
+    return offsets, torch.arange(int(masked), 2 * blocks, 2, dtype=torch.int32)
 
 
 def _check_plan(plan: Plan, sizes: tuple[int, int, int, int], mixed: bool) -> None:

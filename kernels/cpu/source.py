@@ -13,7 +13,7 @@ import sympy
 from adaattn_compiler.kernels.cpu.derivatives import conditional_loads, derivative
 from adaattn_compiler.kernels.cpu.expressions import ELEMENTS, Row, number, sizes_of
 from adaattn_compiler.predicates import describe
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S, k
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S, h, k
 
 HEADERS = Path(__file__).parent
 
@@ -114,6 +114,7 @@ constexpr int kHeadDim = {made_for.head_dim}, kValueDim = {made_for.value_dim};
 constexpr int kGroup = {spec.group};
 constexpr float kScale = {float_literal(spec.scale)}, kDropout = {float_literal(spec.dropout_p)};
 constexpr bool kScaleIsExact = {_flag(math.frexp(abs(spec.scale))[0] in (0.0, 0.5))};
+constexpr bool kMaskOfHead = {_flag(spec.mask.has(h))};
 constexpr bool kPlain = {_flag(plain)}, kMixedPrecision = {_flag(made_for.mixed)};
 constexpr EmptyRow kEmptyRow = EmptyRow::{_EMPTY_ROWS[spec.empty_row]};"""
 

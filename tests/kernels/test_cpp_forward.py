@@ -251,6 +251,7 @@ GAPS = {
     "odd ends": sympy.And(sympy.Ge(k - 17, 0), sympy.Ge(46 - k, 0)),
     "causal": sympy.Ge(q - k, 0),
     "causal from the end": sympy.Ge(k - q, 0),
+    "another for each head": sympy.Eq(sympy.Mod(k - 29 * h, 128), q),
 }
 
 
@@ -259,7 +260,7 @@ GAPS = {
 def test_masks_of_any_form_within_a_block_are_kept(name: str, dtype: torch.dtype) -> None:
     spec = AttentionSpec(0.25, mask=GAPS[name], empty_row=EmptyRow.ZERO, group=GROUP)
     runner = runner_of(spec, (32, 16), dtype)
-    for rows, columns in [(64, 64), (70, 130), (131, 129)]:
+    for rows, columns in [(64, 64), (70, 130), (131, 129), (1, 700), (5, 300)]:
         inputs = random_inputs(rows, columns, spec, (32, 16), dtype)
         assert_right(inputs.through(runner), inputs, spec)
 
