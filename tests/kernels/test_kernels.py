@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import sympy
@@ -167,10 +168,16 @@ def by_name(name: str) -> Kernel:
     return next(kernel for kernel in kernels() if kernel.name == name)
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("kernel", ["sdpa", "strips", "cpp"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_kernel_is_as_accurate_as_eager(name: str, kernel: str, dtype: torch.dtype) -> None:
+def _cases() -> list[tuple[str, str, torch.dtype]]:
+    """(kernel, spec, dtype); what `cpp` does in float16 but load and store is as in float32."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    found = itertools.product(("sdpa", "strips", "cpp"), SPECS, dtypes)
+    few = ("plain", "causal padding uniform", "alibi")
+    return [c for c in found if c[0] != "cpp" or c[2] != torch.float16 or c[1] in few]
+
+
+@pytest.mark.parametrize(("kernel", "name", "dtype"), _cases())
+def test_kernel_is_as_accurate_as_eager(kernel: str, name: str, dtype: torch.dtype) -> None:
     problem = problem_of(name, dtype)
     chosen = by_name(kernel)
     if chosen.refusal(problem) is not None:
