@@ -5,7 +5,8 @@ above the least are left out, and so is what takes longer to build than another 
 be faster, and whatever has to be built for a problem too small to repay it. Where more than one is
 left they run on random data of the problem's size, in turns, and the times are written to a table
 on disk (one small file for each problem, replaced atomically), so that each is measured once on a
-machine; not where the rounds differ much, as on a machine that is busy.
+machine; not where the rounds differ much, as on a machine that is busy, and where all are far too
+slow for their estimates it is these that choose.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from adaattn_compiler.kernels import ops
 from adaattn_compiler.kernels.cpu.kernel import CppKernel
@@ -36,6 +39,11 @@ _SURELY_SLOWER = 6.0
 _WORTH_BUILDING = 0.9
 # Operations below which nothing is worth building for (some tenths of a millisecond).
 _SMALL = 3.0e7
+
+# Of one core, about; a call that takes so many times as long, and some milliseconds, waited for
+# others on the machine. Where calls are long that is small beside them.
+_OPERATIONS_A_SECOND, _FAR = 1e11, 10.0
+_LEAST_BY_WAITING, _MOST_BY_WAITING = 1e-3, 5e-2
 
 # The op must be registered wherever a kernel may be chosen.
 OP = ops.attention
@@ -145,6 +153,9 @@ def _fastest(candidates: _Candidates, problem: Problem, options: Options) -> Cho
     times = table.get(key)
     if times is None:
         found = measured(near, problem)
+        if _is_disturbed(found.times, near, problem):
+            why = f"{candidates.why}: other work disturbed the measurement"
+            return _built([*near, *candidates.others], problem, why)
         times = found.times
         if times and found.steady:
             table.put(key, times)
@@ -157,6 +168,19 @@ def _fastest(candidates: _Candidates, problem: Problem, options: Options) -> Cho
     order += candidates.others
     choice = _built(order, problem, f"measured: {others}")
     return Choice(choice.kernel, choice.why, tuple(sorted(times.items())))
+
+
+def _is_disturbed(times: Mapping[str, float], near: Sequence[Kernel], problem: Problem) -> bool:
+    """Whether all were so slow that threads must have waited for their turn, not for each other.
+
+    Where every core is busy a parallel region ends when the system next lets its last thread run,
+    some milliseconds later: steadily, so that rounds do not differ.
+    """
+    if not times:
+        return False
+    work = min(kernel.cost(problem) for kernel in near)
+    expected = work / (_OPERATIONS_A_SECOND * torch.get_num_threads())
+    return _MOST_BY_WAITING > min(times.values()) > _LEAST_BY_WAITING + _FAR * expected
 
 
 def _key(near: list[Kernel], problem: Problem) -> str:

@@ -1,4 +1,4 @@
-// What one call is given; kernels/cpu/library.py has the same structures.
+// What one call is given; kernels/cpu/call.py has the same structures.
 
 #pragma once
 

@@ -181,6 +181,7 @@ struct QueryBlock {
       const KeyWord* keys = packed.keys_of(batch, head / kGroup, block);
       float* products = scores + i * kBlockKeys;
       if (masked) {
+        // Products outside of the parts are left as they were: finish_block makes them -inf.
         find_parts(call, batch, head, first, rows, block, parts[i]);
         multiply_columns<kBlockKeys>(rows, queries, kQueryWords, keys, products, kStepKeys,
                                      kQueryWords, parts[i]);
@@ -199,8 +200,9 @@ struct QueryBlock {
   void add_values(const PackedKeys<KeyWord, ValueWord>& packed, int32_t entry, int64_t i,
                   Range* parts) {
     constexpr int kWord = kInWord<ValueWord>;
-    for (int strip = 0; kWord > 1 && (entry & 1) && strip < kStrips; ++strip)
-      parts[strip] = {parts[strip].from / kWord, parts[strip].to / kWord};
+    if (entry & 1)  // from keys to words
+      for (int strip = 0; strip * kTileRows < rows; ++strip)
+        parts[strip] = {parts[strip].from / kWord, parts[strip].to / kWord};
     multiply<kOut>(rows, weight_words() + i * kBlockKeys / kWord, kStepKeys / kWord,
                    packed.values_of(batch, head / kGroup, entry >> 1), out, kOut,
                    kBlockKeys / kWord, true, entry & 1 ? parts : nullptr);
@@ -263,6 +265,7 @@ static Status forward(const Call& call) {
     for (int64_t item; block && (item = next++) < items;) {
       const int64_t list = blocks - 1 - item % blocks;
       const int64_t head = item / blocks % call.heads, batch = item / blocks / call.heads;
+      if (status.load() != kDone) break;
       if (!block->start(call, batch, head, list)) status.store(kNotFinite);
       const int32_t* offset =
           call.offsets + batch * call.list_batch_stride + head * call.list_head_stride + list;

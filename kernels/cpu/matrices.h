@@ -15,8 +15,10 @@ constexpr int kTileRows = 6, kPanelVectors = 4;
 // 6 x 2 sums, 2 columns of B and one element of A: 15 of 16 registers.
 constexpr int kTileRows = 6, kPanelVectors = 2;
 #else
+// For the 32 registers of NEON; elsewhere some sums spill.
 constexpr int kTileRows = 6, kPanelVectors = 4;
 #endif
+static_assert(kTileRows == 6 && (kPanelVectors == 2 || kPanelVectors == 4), "the switches below");
 constexpr int kPanel = kPanelVectors * kLanes;
 
 // sum + a * b, a in every lane.

@@ -70,6 +70,17 @@ def test_times_of_a_busy_machine_are_not_kept(clock: Clock, tmp_path: Path) -> N
     assert clock.asked == 2
 
 
+def test_times_that_are_all_far_too_long_choose_nothing(clock: Clock, tmp_path: Path) -> None:
+    clock.times = {"sdpa": 30e-3, "strips": 40e-3}
+    small = problem(256)  # some tenths of a millisecond, if nobody else wants the cores
+    choice = choose(small, options(tmp_path))
+    assert choice.kernel == min(module.kernels()[:2], key=lambda kernel: kernel.cost(small))
+    assert choice.why == "least cost by estimate: other work disturbed the measurement"
+    assert list(tmp_path.rglob("*.json")) == []
+    clock.times = {"sdpa": 8e-4, "strips": 16e-4}
+    assert choose(small, options(tmp_path)).why.startswith("measured")
+
+
 def test_other_lengths_are_measured_for_themselves(clock: Clock, tmp_path: Path) -> None:
     for rows in (4096, 2048, 4096):
         choose(problem(rows), options(tmp_path))
