@@ -69,7 +69,10 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
         if not isinstance(key, str):
             raise ValueError(f"option {key!r}: the name of an option must be a string")
         if key in Options.names():
-            ours[key] = _checked(key, value)
+            try:
+                ours[key] = _checked(key, value)
+            except ValueError as error:
+                raise ValueError(f"option {key}={value!r}: {error}") from None
         elif key.replace("-", "_") in _inductors_names():
             inductors[key] = value
         else:
@@ -137,21 +140,21 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _checked(key: str, value: Any) -> Any:
-    """The value in the field's own type; ValueError where it has another."""
+    """The value in the field's own type; ValueError, with what is valid, where it has another."""
     if key in _SWITCHES:
         if not isinstance(value, bool):
-            raise ValueError(f"option {key}={value!r}: it must be True or False")
+            raise ValueError("it must be True or False")
         return value
     if key == "kernels":
         return _checked_kernels(value)
     if key == "analysis_seconds":
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"option {key}={value!r}: it must be a number of seconds above 0")
+            raise ValueError("it must be a number of seconds above 0")
         return float(value)
     if value is None and key == "dump_dir":
         return None
     if not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"option {key}={value!r}: it must be a path")
+        raise ValueError("it must be a path")
     return Path(value).expanduser()
 
 
@@ -162,8 +165,8 @@ def _checked_kernels(value: Any) -> tuple[str, ...]:
         names = [name.strip() for name in value.split(",") if name.strip()]
     known = f"known are {', '.join(_KNOWN_KERNELS)}"
     if not isinstance(names, (tuple, list)) or not names:
-        raise ValueError(f"option kernels={value!r}: it must name kernels, {known}")
+        raise ValueError(f"it must be a list of kernels, or their names with commas, {known}")
     for name in names:
         if name not in _KNOWN_KERNELS:
-            raise ValueError(f"option kernels={value!r}: unknown kernel {name!r}, {known}")
+            raise ValueError(f"unknown kernel {name!r}, {known}")
     return tuple(names)
