@@ -307,7 +307,8 @@ struct KeyBlock {
       const float largest = memory.largest.get()[at.query * kBlock + row];
       const float inverse = memory.inverse.get()[at.query * kBlock + row];
       for (int lane = 0; lane < kBlock; lane += kLanes)
-        store(weight + lane, inverse * exp_of_negative<false>(scored(load(weight + lane), factor) - largest));
+        store(weight + lane,
+              inverse * exp_of_negative<false>(scored(load(weight + lane), factor) - largest));
     }
     if constexpr (kDropout > 0.0f) {
       for (int64_t row = 0; row < at.rows; ++row) {

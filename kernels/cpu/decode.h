@@ -159,8 +159,8 @@ static void join(const Call& call, int64_t batch, int64_t head, int64_t row, con
   finish_row(call, batch, head, row, largest, sum, out);
 }
 
-// Of the query heads from `head` on those blocks of their list that any row attends to: where rows are
-// few, lists name more than that (kernels/cpu/runner.py). How many.
+// Of the query heads from `head` on those blocks of their list that any row attends to, and how many:
+// where rows are few, lists name more than that (kernels/cpu/runner.py).
 static int64_t attended_blocks(const Call& call, int64_t batch, int64_t head, int64_t heads,
                                const int32_t* list, int64_t count, int32_t* found) {
   int64_t length = 0;

@@ -1,10 +1,10 @@
 // The forward pass: blocks of query rows in parallel, each over its list of key blocks.
 //
 // Needs, from the generated source: Number (of q, k, v and out), kHeadDim, kValueDim, kGroup, kScale,
-// kScaleIsExact (it is a power of 2), kMaskOfHead (heads have masks of their own), kPlain (the score is
-// S itself and kScale is positive), kDropout (the probability), kEmptyRow, kMixedPrecision (plans may
-// ask for bfloat16), score_row<kMasked>(), mark_attended() and, where there is a sink, sink_of() and
-// ADAATTN_HAS_SINK.
+// kScaleIsExact (it is a power of 2), kMaskOfHead (heads have masks of their own), kPlain (the score
+// is S itself and kScale is positive), kDropout (the probability), kEmptyRow, kMixedPrecision (plans
+// may ask for bfloat16), score_row<kMasked>(), mark_attended() and, where there is a sink, sink_of()
+// and ADAATTN_HAS_SINK.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // C (+)= A B for a block of keys: the two products of attention, from packed panels.
 //
-// A is [rows, depth], or transposed as it lies, [depth, rows]: one element of it at a time goes to all
-// lanes, so either will do. B is packed: panels of kPanel columns, each [depth, kPanel]. A word is 32
+// A is [rows, depth], or transposed as it lies, [depth, rows]: one element of it at a time goes to
+// all lanes, so either will do. B is packed: panels of kPanel columns, each [depth, kPanel]. A word is 32
 // bits of depth: one float, or two bfloat16 that one instruction multiplies and adds in pairs.
 
 #pragma once
@@ -39,8 +39,8 @@ struct Range {
   int from, to;
 };
 
-// One tile of sums, held in registers over the whole depth; kStride words of B from step to step. What
-// is there already is added last: short sums of short sums round less than one long sum.
+// One tile of sums, held in registers over the whole depth; kStride words of B from step to step.
+// What is there already is added last: short sums of short sums round less than one long sum.
 template <int kRows, int kVectors, int kStride, bool kTransposed, typename Word>
 static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b, float* c,
                                  int64_t c_stride, int64_t depth, bool accumulate) {

@@ -14,7 +14,8 @@ struct Free {
 template <typename Item>
 using Buffer = std::unique_ptr<Item[], Free>;
 
-// Room for `count` items, null where there is no memory.
+// Room for `count` items (and 64 bytes, so that a vector may be read across the end), null where
+// there is no memory.
 template <typename Item>
 static Buffer<Item> buffer_of(int64_t count) {
   const size_t bytes = (size_t(count) * sizeof(Item) + 127) / 64 * 64;

@@ -19,8 +19,9 @@ static inline Floats exp_of_negative(Floats x) {
   return exp2_of_negative<kCoarse>(x * kLog2e);
 }
 
-// A score: a product times the scale, or times 1 where that is done. Rounded as the maximum is, or the
-// largest of huge scores would not be that.
+// A score: a product times the scale, or times 1 where that is done. It is rounded before anything is
+// taken from it, as the maximum was: without that, of scores so huge that one rounding is more than 1,
+// the largest would lie beside its own maximum.
 static inline Floats scored(Floats product, float factor) {
   return kScaleIsExact ? product * factor : rounded(product * factor);
 }
@@ -45,7 +46,8 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
       if (scores[key] != scores[key]) largest = kNaN;
   }
   if (largest == -kInfinity) {
-    for (int64_t key = 0; key < blocks * kBlock; key += kLanes) store_rounded(weights + key, Floats{});
+    for (int64_t key = 0; key < blocks * kBlock; key += kLanes)
+      store_rounded(weights + key, Floats{});
     return 1.0f;
   }
   const float scale = state.largest == -kInfinity ? 0.0f : std::exp(state.largest - largest);

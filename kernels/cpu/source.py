@@ -49,7 +49,7 @@ class Configuration:
 def source_of(made_for: Configuration) -> str:
     """The forward pass; it includes headers of this folder. NoCpp: an expression has no form."""
     return _joined(
-        _comment(made_for),
+        _comment(made_for, "the forward pass"),
         '#include "expressions.h"',
         _constants(made_for),
         _score_row(made_for),
@@ -63,7 +63,7 @@ def source_of(made_for: Configuration) -> str:
 def gradient_source_of(made_for: Configuration) -> str:
     """The backward pass, likewise."""
     return _joined(
-        _comment(made_for),
+        _comment(made_for, "the backward pass"),
         '#include "expressions.h"\n#include "gradients.h"',
         _constants(made_for),
         _score_row(made_for),
@@ -86,13 +86,13 @@ def _joined(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _comment(made_for: Configuration) -> str:
+def _comment(made_for: Configuration, which: str) -> str:
     spec = made_for.spec
     dims = f"head dimension {made_for.head_dim}"
     if made_for.value_dim != made_for.head_dim:
         dims += f" (values {made_for.value_dim})"
     text = [
-        f"Attention of {made_for.dtype}, {dims}, {spec.group} query head(s) for each key head.",
+        f"Attention of {made_for.dtype}, {which}: {dims}, {spec.group} query head(s) for each key head.",
         f"score: {spec.score}    mask: {describe(spec.mask)}",
         f"where S is {spec.scale!r} times the product of a query row q and a key row k",
     ]
@@ -102,6 +102,7 @@ def _comment(made_for: Configuration) -> str:
         kinds = zip(made_for.operands, spec.operands, strict=True)
         named = (f"{i}: {dtype}, {operand.rank} axes" for i, (dtype, operand) in enumerate(kinds))
         text.append(f"operands: {'; '.join(named)}")
+        text.append("Load(i, ...) is the element of operand i at batch b, head h, query q, key k")
     lines = [line for part in text for line in textwrap.wrap(part, 96, break_long_words=False)]
     return "\n".join(f"// {line}" for line in lines)
 
