@@ -88,11 +88,12 @@ def _joined(*parts: str) -> str:
 
 def _comment(made_for: Configuration, which: str) -> str:
     spec = made_for.spec
-    dims = f"head dimension {made_for.head_dim}"
+    dims = f"Head dimension {made_for.head_dim}"
     if made_for.value_dim != made_for.head_dim:
         dims += f" (values {made_for.value_dim})"
     text = [
-        f"Attention of {made_for.dtype}, {which}: {dims}, {spec.group} query head(s) for each key head.",
+        f"Attention of {made_for.dtype}, {which}.",
+        f"{dims}, {spec.group} query head(s) for each key head.",
         f"score: {spec.score}    mask: {describe(spec.mask)}",
         f"where S is {spec.scale!r} times the product of a query row q and a key row k",
     ]
