@@ -130,6 +130,10 @@ def assembled(
     if (score - S).is_number and score != S:
         raise Refusal("scores shifted by a constant", fields["anchor"])
     group = axes.group
+    if not sympy.sympify(group).is_Integer:
+        raise Refusal(
+            f"{group} query heads for each key head, not a fixed number", fields["anchor"]
+        )
     closing = None
     if any(numbered.operands[int(load.args[0])].kind == "float" for load in score.atoms(Load)):
         closing = EmptyRow.ZERO if zero_rows else EmptyRow.NAN

@@ -29,8 +29,11 @@ from adaattn_compiler.passes.expressions import (
     Unreadable,
     as_condition,
     as_number,
+    holds_data,
     holds_integers,
     lifted,
+    may_wrap,
+    narrows,
     number_of,
     settled,
 )
@@ -119,7 +122,9 @@ class ElementReader:
         if access.node in self.stops:
             return self.stops[access.node]
         try:
-            return settled(self._understood(access), meta_of(access.node).dtype)
+            dtype = meta_of(access.node).dtype
+            element = settled(self._understood(access), dtype)
+            return self.load(access) if may_wrap(element, dtype) else element
         except (NotAffine, Unreadable, Refusal):
             return self.load(access)
 
@@ -158,6 +163,8 @@ class ElementReader:
         if target == torch.bool:
             return as_condition(element)
         element = as_number(element)
+        if narrows(source, target) and holds_data(element):
+            raise Unreadable(f"data of {source} in {target}")
         if source.is_floating_point and not target.is_floating_point:
             return lifted(Trunc, element)
         if not holds_integers(target) and element.has(*POSITIONS):

@@ -163,6 +163,50 @@ def settled(element: Any, dtype: torch.dtype) -> Any:
     return element
 
 
+def may_wrap(element: Any, dtype: torch.dtype) -> bool:
+    """Whether a tensor of whole numbers was computed of data and may not hold what that makes.
+
+    uint8 numbers wrap at 256, int32 ones at 2^31; expressions have no such ends. Positions and
+    booleans are too small to get there.
+    """
+    return _is_narrow(dtype) and _computes_with_data(element)
+
+
+def narrows(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether whole numbers of one dtype may be others in another."""
+    if target == torch.bool or not (_is_whole(source) and _is_whole(target)):
+        return False
+    before, after = torch.iinfo(source), torch.iinfo(target)
+    return after.min > before.min or after.max < before.max
+
+
+def holds_data(element: Any) -> bool:
+    """Whether a number is, or is made of, what a tensor of numbers holds."""
+    if isinstance(element, (Boolean, Relational)):
+        return False
+    if isinstance(element, Load):
+        return True
+    args = element.args[1:] if isinstance(element, Where) else element.args
+    return any(holds_data(arg) for arg in args)
+
+
+def _computes_with_data(element: Any) -> bool:
+    if isinstance(element, (Boolean, Relational, Load)):
+        return False
+    if isinstance(element, (sympy.Add, sympy.Mul, sympy.Pow, sympy.Abs)):
+        return holds_data(element)
+    args = element.args[1:] if isinstance(element, Where) else element.args
+    return any(_computes_with_data(arg) for arg in args)
+
+
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return _is_whole(dtype) and dtype != torch.int64
+
+
 def holds_integers(dtype: torch.dtype) -> bool:
     """Whether every position there can be (below 2**24) is a number of this dtype."""
     return dtype not in (torch.float16, torch.bfloat16)

@@ -6,7 +6,8 @@
 
 // In floats, or in bfloat16 where the machine has it and the tensors are, or the plan asks for it.
 static Status attention(const Call& call) {
-  if (call.rows <= kFewRows) return decode(call);
+  // Not where a backward pass follows: it computes the same products in the same order.
+  if (call.rows <= kFewRows && !call.statistics) return decode(call);
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<Number, Bfloat16>) return forward<uint32_t, uint32_t>(call);
   if constexpr (kMixedPrecision) {

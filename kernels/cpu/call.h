@@ -37,10 +37,10 @@ struct Call {
   uint64_t seed;  // of dropout
 };
 
-// Where the gradient of an operand goes, float32: a copy for each thread, or one for all of them
-// (copy_stride 0) that is added to atomically.
+// Where the gradient of an operand goes: float64, a copy for each thread, or float32, one for all of
+// them (copy_stride 0) that is added to atomically.
 struct OperandGradient {
-  float* data;  // null where nobody asks for it
+  void* data;  // null where nobody asks for it
   int64_t copy_stride;
   int64_t stride[4];
 };

@@ -55,8 +55,7 @@ class _OperandGradient(ctypes.Structure):
         if copies is None:
             return _OperandGradient()
         strides = (*copies.stride()[1:], 0, 0, 0, 0)
-        shared = copies.shape[0] == 1 and torch.get_num_threads() > 1
-        copy_stride = 0 if shared else copies.stride(0)
+        copy_stride = copies.stride(0) if copies.dtype == torch.float64 else 0
         return _OperandGradient(copies.data_ptr(), copy_stride, (_INT * 4)(*strides[:4]))
 
 
@@ -121,8 +120,8 @@ def backward(
 ) -> int:
     """The status of the backward pass, which writes grads, those of (q, k, v).
 
-    operand_grads: for each operand float32 zeros [threads or 1, *its shape], to be added to, or
-    None.
+    operand_grads: for each operand zeros to be added to, float64 [threads, *its shape] or float32
+    [1, *its shape], or None.
     """
     held = _Held.of(arguments)
     gradients = (_OperandGradient * max(len(operand_grads), 1))(

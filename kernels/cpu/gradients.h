@@ -7,22 +7,29 @@
 // OpenMP's own, whose header not every compiler brings.
 extern "C" int omp_get_thread_num(void) noexcept;
 
-// This thread's copy of an operand's gradient; null where nobody asks for it.
-static inline float* gradient_of(const BackwardCall& backward, int operand) {
-  if (!backward.gradients || !backward.gradients[operand].data) return nullptr;
-  const OperandGradient& gradient = backward.gradients[operand];
-  return gradient.data + omp_get_thread_num() * gradient.copy_stride;
-}
+// Sums of an operand's gradient, as one thread adds to them. A number that many scores read (one for
+// each head, say) is a sum of so many terms that float32 would lose digits; what all threads share is
+// large, so that few terms meet in one place.
+struct GradientSums {
+  double* own;    // this thread's copy, or null:
+  float* shared;  // that of all threads
 
-static inline bool is_shared(const BackwardCall& backward, int operand) {
-  return backward.gradients[operand].copy_stride == 0;
-}
+  explicit operator bool() const { return own || shared; }
 
-static inline void add(float* to, float value, bool shared) {
-  if (shared) {
+  void add(int64_t place, double value) const {
+    if (own) {
+      own[place] += value;
+    } else {
 #pragma omp atomic
-    *to += value;
-  } else {
-    *to += value;
+      shared[place] += float(value);
+    }
   }
+};
+
+// False where nobody asks for the gradient.
+static inline GradientSums gradient_of(const BackwardCall& backward, int operand) {
+  if (!backward.gradients) return {nullptr, nullptr};
+  const OperandGradient& gradient = backward.gradients[operand];
+  if (gradient.copy_stride == 0) return {nullptr, static_cast<float*>(gradient.data)};
+  return {static_cast<double*>(gradient.data) + omp_get_thread_num() * gradient.copy_stride, nullptr};
 }

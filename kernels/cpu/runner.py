@@ -22,6 +22,7 @@ from adaattn_compiler.kernels.cpu.call import (
     backward,
     forward,
 )
+from adaattn_compiler.kernels.cpu.dropout import dropped_by_hash
 from adaattn_compiler.kernels.cpu.library import library
 from adaattn_compiler.kernels.cpu.source import (
     Configuration,
@@ -31,7 +32,7 @@ from adaattn_compiler.kernels.cpu.source import (
 )
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Problem
-from adaattn_compiler.kernels.reference import Dropped, attention_by_rows, gradients_by_rows
+from adaattn_compiler.kernels.reference import attention_by_rows, gradients_by_rows
 from adaattn_compiler.kernels.through_op import with_unit_stride
 from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, b, h, k, q
 
@@ -146,7 +147,7 @@ class CppRunner:
             if given_plan is not None:
                 sizes = (rows, k_BGND.shape[2])
                 spec, extra = _with_plan(spec, extra, given_plan, sizes)
-            dropped = _dropped(spec, seed)
+            dropped = dropped_by_hash(spec.dropout_p, seed, rows)
             return attention_by_rows(
                 q_BHMD, k_BGND, v_BGNE, extra, params, spec, lse=lse, dropped=dropped
             )
@@ -204,7 +205,7 @@ class CppRunner:
                 arguments.params,
                 self.spec,
                 wanted,
-                _dropped(self.spec, arguments.seed),
+                dropped_by_hash(self.spec.dropout_p, arguments.seed, qkv[0].shape[2]),
             )
         found = zip(copies, operands, strict=True)
         return grads + [c.sum(0).to(o.dtype) for c, o in found if c is not None]
@@ -303,22 +304,10 @@ _COPIED_ELEMENTS = 1 << 20
 
 
 def _gradient_copies(operand: torch.Tensor) -> torch.Tensor:
-    """Zeros for an operand's gradient [copies, *shape], float32."""
-    copies = torch.get_num_threads() if operand.numel() <= _COPIED_ELEMENTS else 1
-    return torch.zeros(copies, *operand.shape)
-
-
-def _dropped(spec: AttentionSpec, seed: int) -> Dropped | None:
-    """Dropout of a strip's weights by the seed, the same each time."""
-    if spec.dropout_p == 0:
-        return None
-
-    def dropped(weights: torch.Tensor, first_row: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed((seed + first_row) & ((1 << 63) - 1))
-        keep = torch.rand(weights.shape, generator=generator) >= spec.dropout_p
-        return weights * keep / (1 - spec.dropout_p)
-
-    return dropped
+    """Zeros for an operand's gradient [copies, *shape]: see GradientSums in gradients.h."""
+    if operand.numel() > _COPIED_ELEMENTS:
+        return torch.zeros(1, *operand.shape)
+    return torch.zeros(torch.get_num_threads(), *operand.shape, dtype=torch.float64)
 
 
 def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:

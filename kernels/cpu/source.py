@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,34 +218,38 @@ def _gradient_of_load(made_for: Configuration, score: Any, load: Load) -> list[s
     row = made_for.row()
     by_load = derivative(score, load)
     factor = row.printed(by_load)
-    by_key = [place for place in index if place.has(k)]
-    whole_row = not by_key
+    whole_row = not load.has(k)
+    fixed = [axis for axis, place in enumerate(index) if not place.has(k)]
+    moving = [axis for axis, place in enumerate(index) if place.has(k)]
     start = [
-        f"if (float* to = gradient_of(backward, {operand})) {{",
-        f"  const bool shared = is_shared(backward, {operand});",
-        *(f"  to += {line};" for line in _steps(row, operand, index if whole_row else index[:-1])),
+        f"if (const GradientSums sums = gradient_of(backward, {operand})) {{",
+        f"  const int64_t row_place = {_place(row, operand, index, fixed)};",
     ]
     product = "const float S = kScale * products[i];" if by_load.has(S) else ""
     common = [_key_of_step(load, by_load), product]
     if whole_row:
         loop = _loop([*common, f"sum += {factor} * gradient[i];"], independent=False)
-        loop = ["float sum = 0;", *loop, "add(to, sum, shared);"]
+        loop = ["double sum = 0;", *loop, "sums.add(row_place, sum);"]
     else:
-        place = row.printed(index[-1], lazily=True)
+        place = f"row_place + {_place(row, operand, index, moving)}"
         condition = "if (factor != 0) " if load in conditional_loads(score) else ""
-        add = f"{condition}add(to + {place}, factor * gradient[i], shared);"
+        add = f"{condition}sums.add({place}, factor * gradient[i]);"
         loop = _loop([*common, f"const float factor = {factor};", add], independent=False)
     hoisted = [f"  {line}" for line in row.statements]
     return [*start, *hoisted, *(f"  {line}" for line in loop), "}"]
 
 
-def _steps(row: Row, operand: int, index: Any) -> list[str]:
-    """From the start of an operand's gradient to a place in it."""
-    return [
-        f"int64_t({row.printed(place, lazily=True)}) * backward.gradients[{operand}].stride[{axis}]"
-        for axis, place in enumerate(index)
-        if place != 0
-    ]
+def _place(row: Row, operand: int, index: Sequence[Any], axes: Sequence[int]) -> str:
+    """The part of a place in an operand's gradient that these axes of its index make."""
+    steps = []
+    for axis in axes:
+        if index[axis] != 0:
+            step = f"int64_t({row.printed(index[axis], lazily=True)})"
+            inner = axis == len(index) - 1  # its stride is 1
+            steps.append(
+                step if inner else f"{step} * backward.gradients[{operand}].stride[{axis}]"
+            )
+    return " + ".join(steps) or "0"
 
 
 def _sink_gradient(made_for: Configuration) -> str:
@@ -254,13 +259,13 @@ def _sink_gradient(made_for: Configuration) -> str:
     body = []
     for load in _float_loads(spec, spec.sink):
         row = made_for.row()
-        operand = int(load.args[0])
+        operand, index = int(load.args[0]), load.args[1:]
         factor = row.printed(derivative(spec.sink, load))
         body += [
-            f"if (float* to = gradient_of(backward, {operand})) {{",
-            *(f"  to += {line};" for line in _steps(row, operand, load.args[1:])),
+            f"if (const GradientSums sums = gradient_of(backward, {operand})) {{",
+            f"  const int64_t place = {_place(row, operand, index, range(len(index)))};",
             *(f"  {line}" for line in row.statements),
-            f"  add(to, {factor} * gradient, is_shared(backward, {operand}));",
+            f"  sums.add(place, {factor} * gradient);",
             "}",
         ]
     return _function(

@@ -103,7 +103,8 @@ def attention_backward(
     runner: CppRunner = cpp_runner(plan)
     number = 0 if seed is None else int(seed)
     if 0 in (*q.shape, *k.shape, *v.shape):
-        return gradients_by_rows(grad_out, (q, k, v), operands, params, runner.spec, wanted)
+        found = gradients_by_rows(grad_out, (q, k, v), operands, params, runner.spec, wanted)
+        return _laid_out(found)
     nothing = torch.empty(0, dtype=torch.int32)
     arguments = Arguments(
         q,
@@ -116,7 +117,13 @@ def attention_backward(
         number,
         statistics=statistics.contiguous(),
     )
-    return runner.backward(grad_out, arguments, wanted)
+    return _laid_out(runner.backward(grad_out, arguments, wanted))
+
+
+def _laid_out(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """As the fake has them: written out by autograd, gradients lie as the inputs do."""
+    of_qkv = [grad.transpose(1, 2).contiguous().transpose(1, 2) for grad in grads[:3]]
+    return of_qkv + [grad.contiguous() for grad in grads[3:]]
 
 
 @attention_backward.register_fake

@@ -282,3 +282,67 @@ def test_products_that_are_written_to_a_given_tensor(place: str) -> None:
     ours = compiled_without_inductor(written, Options(), [])(*tensors, buffers[1])
     torch.testing.assert_close(ours, eager)
     torch.testing.assert_close(buffers[1], buffers[0])
+
+
+# -- whole numbers that wrap -----------------------------------------------------------------------
+
+Ids = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Masks of ids of queries and of keys: what wraps in its dtype must not be read as a formula.
+WRAPPING: dict[str, tuple[Ids, torch.dtype]] = {
+    "difference": (lambda i, j: i - j <= 20, torch.uint8),
+    "sum": (lambda i, j: i + j >= 0, torch.int32),
+    "product": (lambda i, j: i * j >= 0, torch.int16),
+    "negation": (lambda i, j: -i <= j, torch.int8),
+    "size": (lambda i, j: i.abs() <= j.abs(), torch.int8),
+    "narrowed": (lambda i, j: i.int() == j.int(), torch.int64),
+    "other sign": (lambda i, j: i.to(torch.uint8) >= j.to(torch.uint8), torch.int8),
+    "compared": (lambda i, j: ~(i < j), torch.int32),
+}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "cpp"])
+@pytest.mark.parametrize("name", WRAPPING)
+def test_whole_numbers_wrap_as_in_eager(name: str, kernel: str) -> None:
+    mask, dtype = WRAPPING[name]
+    q, k, v = (_random(2, 4, 40, 8) for _ in range(3))
+    ends = torch.iinfo(dtype)
+    ids = torch.randint(ends.min, ends.max, (2, 40), dtype=dtype)
+    if name == "narrowed":
+        ids = torch.randint(0, 3, (2, 40)) + torch.randint(0, 2, (2, 40)) * 2**32
+
+    def masked(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        keep = mask(ids[:, None, :, None], ids[:, None, None, :])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    outcome = run(masked, q, k, v, ids, options=Options(kernels=(kernel,)))
+    assert outcome.sites[0].lowered
+    assert_as_accurate(
+        outcome.result, outcome.eager, masked(q.double(), k.double(), v.double(), ids)
+    )
+
+
+def test_whole_numbers_that_cannot_wrap_are_formulas() -> None:
+    def masked(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        place = torch.arange(40, dtype=torch.int32)
+        keep = (ids[:, None] == ids) & (place[:, None] - place >= 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    ids = torch.randint(0, 3, (40,), dtype=torch.int32)
+    outcome = run(masked, *(_random(2, 4, 40, 8) for _ in range(3)), ids)
+    assert outcome.sites[0].mask == "causal & segment(0)"
+
+
+def test_groups_of_a_number_that_is_not_fixed_are_refused_with_that() -> None:
+    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    tensors = (_random(2, 4, 40, 8), *(_random(2, 2, 40, 8) for _ in range(2)))
+    outcome = run(grouped, *tensors, dynamic=True)
+    (site,) = outcome.sites
+    assert not site.lowered
+    assert "query heads for each key head, not a fixed number" in str(site.reason)

@@ -359,6 +359,19 @@ def test_nan_in_a_bias_reaches_the_rows_that_attend_to_it(rows: int, place: int,
     assert_right(ours, inputs, spec)
 
 
+@pytest.mark.parametrize("extreme", [sympy.Max, sympy.Min])
+def test_nan_comes_through_the_larger_and_the_smaller_of_two(extreme: Any) -> None:
+    spec = AttentionSpec(0.25, extreme(S, Load(0, k)), operands=(FLOAT1,), group=GROUP)
+    inputs = random_inputs(20, 70, PLAIN, (16, 16))
+    for place in (3, 66):
+        bias = torch.zeros(70)
+        bias[place] = math.nan
+        given = dataclasses.replace(inputs, operands=(bias,))
+        ours = given.through(runner_of(spec, (16, 16)))
+        assert ours.isnan().all()
+        assert_right(ours, given, spec)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_sink_that_is_not_finite_is_as_the_oracle_has_it(value: float) -> None:
     inputs = random_inputs(90, 70, SINK)

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 import pytest
 import sympy
 import torch
+import torch.nn.functional as F
 from check import assert_as_accurate
 from torch.utils.checkpoint import checkpoint
 
 from adaattn_compiler.kernels.cpu import runner as module
 from adaattn_compiler.kernels.cpu.derivatives import derivative
+from adaattn_compiler.kernels.cpu.dropout import dropped_by_hash
 from adaattn_compiler.kernels.cpu.expressions import NoCpp
 from adaattn_compiler.kernels.cpu.kernel import CppKernel
 from adaattn_compiler.kernels.cpu.runner import cpp_runner, plan_of
 from adaattn_compiler.kernels.problem import Problem, Shape, Sizes
-from adaattn_compiler.kernels.reference import reference_attention
+from adaattn_compiler.kernels.reference import attention_by_rows, reference_attention
 from adaattn_compiler.spec import (
     AttentionSpec,
     EmptyRow,
@@ -56,6 +58,15 @@ SPECS: dict[str, tuple[AttentionSpec, tuple[tuple[int, ...], ...]]] = {
     "dense bias": (
         AttentionSpec(0.3, S + Load(0, 0, h, q, k), operands=(OperandSpec("float", 4),)),
         ((1, 4, 90, 90),),
+    ),
+    "transposed bias": (
+        AttentionSpec(
+            0.3,
+            S + Load(0, h, q, k) + Load(0, h, k, q),
+            CAUSAL,
+            operands=(OperandSpec("float", 3),),
+        ),
+        ((4, 90, 90),),
     ),
     "bias that a choice reads": (
         AttentionSpec(
@@ -289,6 +300,127 @@ def test_gradients_see_what_dropout_left() -> None:
         ours, written_out(torch.float32), written_out(torch.float64), strict=True
     ):
         assert_as_accurate(found, eager, exact)
+
+
+def test_what_is_written_out_leaves_out_the_same_weights() -> None:
+    weights, problem = dropped_weights(seed=(1 << 62) - 3, rows=300)
+    tensors, _ = inputs_of(problem)
+    dropped = dropped_by_hash(0.25, (1 << 62) - 3, 300)
+    eye = torch.eye(300).expand(1, 2, 300, 300)
+    found = attention_by_rows(*tensors[:2], eye, [], (), problem.spec, dropped=dropped)
+    assert torch.equal(found != 0, weights != 0)
+    assert torch.allclose(found, weights, rtol=1e-5, atol=1e-7)
+
+
+def test_dropout_is_the_same_beside_a_gradient_that_is_not_finite() -> None:
+    spec = AttentionSpec(0.3, mask=CAUSAL, dropout_p=0.5)
+    problem = problem_of(spec)
+    tensors, _ = inputs_of(problem)
+    seed, plan = torch.tensor([5]), plan_of(problem)
+    found = []
+    for value in (1.0, float("inf")):
+        qkv = [tensor.detach().requires_grad_() for tensor in tensors]
+        out, _ = torch.ops.adaattn.attention_training(*qkv, [], [], seed, plan)
+        grad = torch.ones_like(out)
+        grad[0, 0, 5, 3] = value
+        found.append(torch.autograd.grad(out, qkv, grad))
+    for finite, other in zip(*found, strict=True):
+        assert torch.allclose(finite[1], other[1], rtol=1e-4, atol=1e-6)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("amplitude", [1.0, 100.0, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_few_rows_with_large_scores(
+    rows: int, amplitude: float, dtype: torch.dtype
+) -> None:
+    """Weights are recomputed in the backward pass: their products must be the forward's."""
+    spec = AttentionSpec(0.3)
+    plan = plan_of(problem_of(spec, dtype=dtype))
+    tensors, _ = inputs_of(problem_of(spec, dtype=dtype))
+    queries = tensors[0][:, :, :rows] * amplitude
+
+    def found(dtype: torch.dtype, ours: bool) -> torch.Tensor:
+        qkv = [t.detach().to(dtype).requires_grad_() for t in (queries, *tensors[1:])]
+        if ours:
+            out, _ = torch.ops.adaattn.attention_training(*qkv, [], [], None, plan)
+        else:
+            out = reference_attention(*qkv, [], (), spec)
+        return torch.autograd.grad(out.sum(), qkv[2])[0]
+
+    exact = found(torch.float64, ours=False)
+    assert_as_accurate(found(dtype, ours=True), found(dtype, ours=False), exact)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_gradients_beside_an_overflow_under_the_mask_are_finite(rows: int) -> None:
+    spec = AttentionSpec(0.3, mask=CAUSAL)
+    problem = problem_of(spec)
+    tensors, _ = inputs_of(problem)
+    tensors[0][:, :, 0] = tensors[1][:, :, 7] = 1e20
+    qkv = [
+        tensors[0][:, :, :rows].clone().requires_grad_(),
+        *(t.requires_grad_() for t in tensors[1:]),
+    ]
+    out, _ = torch.ops.adaattn.attention_training(*qkv, [], [], None, plan_of(problem))
+    exact = reference_attention(*qkv, [], (), spec)
+    assert torch.allclose(out, exact, rtol=1e-4, atol=1e-5)
+    for ours, eager in zip(
+        torch.autograd.grad(out.sum(), qkv), torch.autograd.grad(exact.sum(), qkv), strict=True
+    ):
+        assert torch.equal(ours.isfinite(), eager.isfinite())
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v", "grad"])
+@pytest.mark.parametrize("name", ["window, grouped", "dense bias"])
+def test_gradients_lie_as_promised_where_something_is_not_finite(place: str, name: str) -> None:
+    """In any layout of the inputs, which autograd's own gradients would follow."""
+    problem = problem_of(*SPECS[name])
+    tensors, operands = inputs_of(problem)
+    qkv = [tensor.contiguous() for tensor in tensors]
+    biases = [bias.mT.contiguous().mT for bias in operands]
+    plan = plan_of(problem)
+    out, statistics = torch.ops.adaattn.attention_training(*qkv, biases, [], None, plan)
+    grad = torch.ones_like(out)
+    dict(zip(("q", "k", "v", "grad"), (*qkv, grad), strict=True))[place][0, 0, 3, 2] = float("nan")
+    wanted = [True] * len(biases)
+    given = (grad, *qkv, out, statistics, biases, [], None, wanted, plan)
+    torch.library.opcheck(
+        torch.ops.adaattn.attention_backward.default,
+        given,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_a_gradient_that_overflows_reaches_the_parameters() -> None:
+    """What a GradScaler looks for, and skips the step."""
+    compiled = torch.compile(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        backend="adaattn",
+        options=OPTIONS,
+    )
+    qkv = [torch.randn(2, 4, 64, 16).requires_grad_() for _ in range(3)]
+    out = compiled(*qkv)
+    weights = torch.ones_like(out)
+    weights[0, 0, 0, 0] = float("inf")
+    out.backward(weights)
+    assert all(tensor.grad is not None and not tensor.grad[0, 0].isfinite().all() for tensor in qkv)
+    assert all(tensor.grad is not None and tensor.grad[1].isfinite().all() for tensor in qkv)
+
+
+def test_gradient_of_what_many_scores_read_keeps_its_digits() -> None:
+    """One slope for each head is a sum over all queries and keys."""
+    spec, _ = SPECS["slopes"]
+    shape = Shape(1, 4, 4, 2048, 2048, 16, 16, (1, 2048, 2048))
+    problem = Problem(spec, shape, torch.float32, "cpu", True, ((4,),))
+    eager, exact, ours = (
+        gradients(problem, dtype, mine)
+        for dtype, mine in ((torch.float32, False), (torch.float64, False), (torch.float32, True))
+    )
+    assert_as_accurate(ours[-1], eager[-1], exact[-1])
 
 
 # -- under torch.compile ---------------------------------------------------------------------------
