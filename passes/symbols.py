@@ -49,9 +49,8 @@ def settle_sdpa(graph: fx.Graph) -> None:
             continue
         q, k, v = (tuple(shape or ()) for shape in shapes)
         _settle_equal(k[-2], v[-2])
-        free = _symbols((q[0], q[-2], k[-2])) if len(q) > 2 else _symbols((q[-2], k[-2]))
         fixed = (q[-1], k[-1], v[-1], *(shape[-3] for shape in (q, k, v) if len(shape) > 3))
-        settle(graph, _symbols(fixed) - free)
+        settle(graph, _symbols(fixed))
 
 
 def symbols_to_settle(found: Sequence[Site | Refused]) -> set[sympy.Symbol]:

@@ -337,12 +337,27 @@ def test_whole_numbers_that_cannot_wrap_are_formulas() -> None:
     assert outcome.sites[0].mask == "causal & segment(0)"
 
 
-def test_groups_of_a_number_that_is_not_fixed_are_refused_with_that() -> None:
-    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    tensors = (_random(2, 4, 40, 8), *(_random(2, 2, 40, 8) for _ in range(2)))
-    outcome = run(grouped, *tensors, dynamic=True)
-    (site,) = outcome.sites
+
+def _grouped_tensors() -> list[torch.Tensor]:
+    """As many batch items as key heads: under dynamic=True one symbol stands for both."""
+    return [_random(2, 4, 40, 8), *(_random(2, 2, 40, 8) for _ in range(2))]
+
+
+def test_numbers_of_heads_become_guards() -> None:
+    tensors = _grouped_tensors()
+    outcome = run(_grouped, *tensors, dynamic=True)
+    assert outcome.sites[0].lowered
+    exact = _grouped(*(tensor.double() for tensor in tensors))
+    assert_as_accurate(outcome.result, outcome.eager, exact)
+
+
+def test_a_number_of_heads_that_the_user_leaves_open_is_refused_with_that() -> None:
+    tensors = _grouped_tensors()
+    for tensor in tensors[1:]:
+        torch._dynamo.mark_dynamic(tensor, 1)
+    (site,) = run(_grouped, *tensors).sites
     assert not site.lowered
-    assert "query heads for each key head, not a fixed number" in str(site.reason)
+    assert "not a fixed number" in str(site.reason)
