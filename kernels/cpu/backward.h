@@ -104,8 +104,7 @@ struct BackwardMemory {
   }
 
   bool fill_keys(int64_t item) {
-    const int64_t heads = call.heads / kGroup, block = item % key_blocks;
-    const int64_t head = item / key_blocks % heads, batch = item / key_blocks / heads;
+    const auto [batch, head, block] = place_of(item, call.heads / kGroup, key_blocks);
     const int64_t count = length_of_block(call.columns, block);
     const Number* key = row_of(call.k, batch, head, block * kBlock);
     const Number* value = row_of(call.v, batch, head, block * kBlock);
@@ -117,8 +116,8 @@ struct BackwardMemory {
   }
 
   bool fill_queries(int64_t item) {
-    const int64_t block = item % row_blocks, head = item / row_blocks % call.heads;
-    const int64_t batch = item / row_blocks / call.heads, first = block * kBlock;
+    const auto [batch, head, block] = place_of(item, call.heads, row_blocks);
+    const int64_t first = block * kBlock;
     const int64_t count = length_of_block(call.rows, block);
     const Number* query = row_of(call.q, batch, head, first);
     const Number* grad = row_of(backward.grad_out, batch, head, first);
@@ -150,8 +149,7 @@ struct BackwardMemory {
   void add_sink_gradients() {
 #pragma omp parallel for num_threads(call.threads) schedule(static)
     for (int64_t item = 0; item < query_items; ++item) {
-      const int64_t block = item % row_blocks, head = item / row_blocks % call.heads;
-      const int64_t batch = item / row_blocks / call.heads;
+      const auto [batch, head, block] = place_of(item, call.heads, row_blocks);
       for (int64_t row = 0; row < length_of_block(call.rows, block); ++row) {
         const int64_t at = item * kBlock + row, q = block * kBlock + row;
         const float sink = sink_of(call, batch, head, q);
@@ -173,8 +171,7 @@ struct BackwardMemory {
   void finish_queries() {
 #pragma omp parallel for num_threads(call.threads) schedule(static)
     for (int64_t item = 0; item < query_items; ++item) {
-      const int64_t block = item % row_blocks, head = item / row_blocks % call.heads;
-      const int64_t batch = item / row_blocks / call.heads;
+      const auto [batch, head, block] = place_of(item, call.heads, row_blocks);
       for (int64_t row = 0; row < length_of_block(call.rows, block); ++row) {
         float sum[kHeadDim] = {};
         for (int64_t share = 0; share < shares; ++share)
@@ -233,7 +230,7 @@ struct KeyBlock {
     std::memset(grad_v, 0, sizeof grad_v);
     for (int64_t head = kv_head * kGroup; head < (kv_head + 1) * kGroup; ++head)
       for (const int32_t entry : lists.of(head - kv_head * kGroup, block))
-        visit(memory, batch, head, share, block, entry >> 1, entry & 1);
+        visit(memory, batch, head, share, block, block_of(entry), is_cut(entry));
     finish(memory, batch, kv_head, block);
   }
 
@@ -261,14 +258,14 @@ struct KeyBlock {
   // is the sum of many of either sign.
   void refine_delta(const Memory& memory, int64_t item) {
     const Call& call = memory.call;
-    const int64_t row_block = item % memory.row_blocks, head = item / memory.row_blocks % call.heads;
-    const int64_t batch = item / memory.row_blocks / call.heads;
+    const auto [batch, head, row_block] = place_of(item, call.heads, memory.row_blocks);
     const int32_t* offset =
         call.offsets + batch * call.list_batch_stride + head * call.list_head_stride + row_block;
     if (offset[1] - offset[0] > 1 && !memory.backward.gradients) return;
     float sums[kBlock] = {};
-    for (int32_t entry = offset[0]; entry < offset[1]; ++entry) {
-      const Tile at(memory, batch, head, row_block, call.blocks[entry] >> 1, call.blocks[entry] & 1);
+    for (int32_t place = offset[0]; place < offset[1]; ++place) {
+      const int32_t entry = call.blocks[place];
+      const Tile at(memory, batch, head, row_block, block_of(entry), is_cut(entry));
       multiply_both(memory, at);
       weigh(memory, at);
       for (int64_t row = 0; row < at.rows; ++row) {
@@ -388,8 +385,7 @@ static Status backward_in(const BackwardCall& given) {
 #pragma omp for schedule(static, 1)
     for (int64_t item = 0; item < items; ++item) {
       if (status.load() != kDone) continue;
-      const int64_t share = item % memory.shares, head = item / memory.shares % heads;
-      const int64_t batch = item / memory.shares / heads;
+      const auto [batch, head, share] = place_of(item, heads, memory.shares);
       lists.fill(batch, head);
       for (int64_t key = share; key < memory.key_blocks; key += memory.shares)
         block->compute(memory, batch, head, share, key, lists);

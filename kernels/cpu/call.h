@@ -45,6 +45,19 @@ struct OperandGradient {
   int64_t stride[4];
 };
 
+// An entry of the block lists: which block, and whether the mask cuts it.
+static inline int64_t block_of(int32_t entry) { return entry >> 1; }
+static inline bool is_cut(int32_t entry) { return entry & 1; }
+
+// The place of the n-th of [batch, heads, blocks] items.
+struct Place {
+  int64_t batch, head, block;
+};
+
+static inline Place place_of(int64_t n, int64_t heads, int64_t blocks) {
+  return {n / blocks / heads, n / blocks % heads, n % blocks};
+}
+
 struct BackwardCall {
   Call call;  // `out` and `statistics` are read
   Tensor grad_out, grad_q, grad_k, grad_v;

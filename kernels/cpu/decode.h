@@ -49,11 +49,11 @@ class FewRows {
     }
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t block = entries[i] >> 1, first = block * kBlockKeys;
+      const int64_t block = block_of(entries[i]), first = block * kBlockKeys;
       const int64_t rest = call.columns - first, keys = rest < kBlockKeys ? rest : kBlockKeys;
       for (int64_t row = 0; row < rows; row += kTogether)
         multiply_keys(call, first, keys, row, rows - row < kTogether ? rows - row : kTogether);
-      finite &= weigh(call, block, entries[i] & 1, keys, parts);
+      finite &= weigh(call, block, is_cut(entries[i]), keys, parts);
       for (int64_t row = 0; row < rows; row += kTogether)
         add_values(call, first, keys, row, rows - row < kTogether ? rows - row : kTogether, parts);
     }
@@ -165,13 +165,13 @@ static int64_t attended_blocks(const Call& call, int64_t batch, int64_t head, in
                                const int32_t* list, int64_t count, int32_t* found) {
   int64_t length = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t key = int64_t(list[i] >> 1) * kBlockKeys, rest = call.columns - key;
+    const int64_t key = block_of(list[i]) * kBlockKeys, rest = call.columns - key;
     alignas(64) int32_t attended[kBlockKeys] = {};
-    for (int64_t at = 0; (list[i] & 1) && at < (kMaskOfHead ? heads : 1); ++at)
+    for (int64_t at = 0; is_cut(list[i]) && at < (kMaskOfHead ? heads : 1); ++at)
       for (int64_t row = 0; row < call.rows; ++row)
         mark_attended(call, batch, head + at, row, key, rest < kBlockKeys ? rest : kBlockKeys,
                       attended);
-    int32_t any = !(list[i] & 1);
+    int32_t any = !is_cut(list[i]);
     for (int k = 0; k < kBlockKeys; ++k) any |= attended[k];
     if (any) found[length++] = list[i];
   }

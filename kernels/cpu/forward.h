@@ -127,8 +127,8 @@ struct PackedKeys {
     std::atomic<bool> finite{true};
 #pragma omp parallel for num_threads(call.threads) schedule(static)
     for (int64_t item = 0; item < call.batch * heads * blocks; ++item) {
-      const int64_t block = item % blocks, head = item / blocks % heads;
-      const int64_t batch = item / blocks / heads, first = block * kBlockKeys;
+      const auto [batch, head, block] = place_of(item, heads, blocks);
+      const int64_t first = block * kBlockKeys;
       const int64_t rest = call.columns - first, count = rest < kBlockKeys ? rest : kBlockKeys;
       const bool good =
           pack_keys<kHeadDim>(row_of(call.k, batch, head, first), call.k.row_stride, count,
@@ -176,8 +176,8 @@ struct QueryBlock {
     float factor[kStepBlocks];
     Range parts[kStepBlocks][kStrips];
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t block = entries[i] >> 1;
-      const bool masked = entries[i] & 1;
+      const int64_t block = block_of(entries[i]);
+      const bool masked = is_cut(entries[i]);
       const KeyWord* keys = packed.keys_of(batch, head / kGroup, block);
       float* products = scores + i * kBlockKeys;
       if (masked) {
@@ -200,12 +200,12 @@ struct QueryBlock {
   void add_values(const PackedKeys<KeyWord, ValueWord>& packed, int32_t entry, int64_t i,
                   Range* parts) {
     constexpr int kWord = kInWord<ValueWord>;
-    if (entry & 1)  // from keys to words
+    if (is_cut(entry))  // from keys to words
       for (int strip = 0; strip * kTileRows < rows; ++strip)
         parts[strip] = {parts[strip].from / kWord, parts[strip].to / kWord};
     multiply<kOut>(rows, weight_words() + i * kBlockKeys / kWord, kStepKeys / kWord,
-                   packed.values_of(batch, head / kGroup, entry >> 1), out, kOut,
-                   kBlockKeys / kWord, true, entry & 1 ? parts : nullptr);
+                   packed.values_of(batch, head / kGroup, block_of(entry)), out, kOut,
+                   kBlockKeys / kWord, true, is_cut(entry) ? parts : nullptr);
   }
 
   void weigh(const Call& call, const int32_t* entries, const float* factor, int64_t count) {
@@ -215,7 +215,7 @@ struct QueryBlock {
         const int64_t place = (batch * call.heads + head) * call.rows + first + row;
         const uint32_t numbers = row_of_numbers(call.seed, place);
         for (int64_t i = 0; i < count; ++i)
-          dropout_row(numbers, (entries[i] >> 1) * kBlockKeys, kBlockKeys, kDropout,
+          dropout_row(numbers, block_of(entries[i]) * kBlockKeys, kBlockKeys, kDropout,
                       kept + i * kBlockKeys);
       }
       float* row_scores = scores + row * kStepKeys;
@@ -263,8 +263,8 @@ static Status forward(const Call& call) {
     if (!block) status.store(kNoMemory);
     // Last rows first: under a causal mask they take longest.
     for (int64_t item; block && (item = next++) < items;) {
-      const int64_t list = blocks - 1 - item % blocks;
-      const int64_t head = item / blocks % call.heads, batch = item / blocks / call.heads;
+      const auto [batch, head, from_last] = place_of(item, call.heads, blocks);
+      const int64_t list = blocks - 1 - from_last;
       if (status.load() != kDone) break;
       if (!block->start(call, batch, head, list)) status.store(kNotFinite);
       const int32_t* offset =

@@ -40,12 +40,12 @@ class RowLists {
     const int32_t* list =
         call_.offsets + batch * call_.list_batch_stride + head * call_.list_head_stride;
     std::memset(offset, 0, sizeof(int64_t) * (key_blocks_ + 1));
-    for (int64_t at = list[0]; at < list[row_blocks_]; ++at) ++offset[(call_.blocks[at] >> 1) + 1];
+    for (int64_t at = list[0]; at < list[row_blocks_]; ++at) ++offset[block_of(call_.blocks[at]) + 1];
     for (int64_t block = 0; block < key_blocks_; ++block) offset[block + 1] += offset[block];
     for (int64_t row = 0; row < row_blocks_; ++row)
       for (int64_t at = list[row]; at < list[row + 1]; ++at) {
         const int32_t entry = call_.blocks[at];
-        entries[offset[entry >> 1]++] = int32_t(2 * row + (entry & 1));
+        entries[offset[block_of(entry)]++] = int32_t(2 * row + is_cut(entry));
       }
     for (int64_t block = key_blocks_; block > 0; --block) offset[block] = offset[block - 1];
     offset[0] = 0;
