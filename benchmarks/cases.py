@@ -86,8 +86,8 @@ def cases() -> tuple[Case, ...]:
         partial(_mistral, False),
         both,
     )
-    add("bloom_attention", "BloomModel's attention alone", (2048,), _of(_bloom_attention))
-    add("t5_attention", "T5's attention alone", (2048,), partial(_t5, True))
+    add("bloom_attention", "BloomModel's attention alone", (2048,), _of(_bloom_attention), both)
+    add("t5_attention", "T5's attention alone", (2048,), partial(_t5, True), both)
     add("bloom", "BloomModel, 1 layer, eager: ALiBi, H8 D64", (2048,), _of(families.bloom))
     add("t5", "T5EncoderModel, 1 block, eager: learned bias, H8 D64", (2048,), partial(_t5, False))
     add("bert_eager", "BertModel, 1 layer, B8, padded, H8 D64", (512,), partial(_bert, "eager"))
