@@ -14,9 +14,10 @@ from adaattn_compiler.kernels.problem import Kernel, Problem, Sizes
 
 log = logging.getLogger("adaattn_compiler")
 
-# Rounds in which each kernel runs once; fewer where they take long.
-_MOST_ROUNDS, _LEAST_ROUNDS = 5, 3
-_MOST_SECONDS = 1.5
+# Rounds in which each kernel runs once; fewer where they take long, more where they are so short
+# that a thread waiting for its turn is longer.
+_ROUNDS, _LEAST_ROUNDS, _MOST_ROUNDS = 5, 3, 50
+_MOST_SECONDS, _SHORT_SECONDS = 1.5, 0.1
 # A first call of so many seconds is a measurement itself: what it does but once weighs little.
 _LONG = 0.2
 # Kernels whose long first call takes so many times the least are out.
@@ -102,7 +103,10 @@ def _in_turns(
             start = time.perf_counter()
             calls[name]()
             times[name].append(time.perf_counter() - start)
-        if turn + 1 >= _LEAST_ROUNDS and time.perf_counter() - begin > _MOST_SECONDS:
+        spent = time.perf_counter() - begin
+        if turn + 1 >= _LEAST_ROUNDS and spent > _MOST_SECONDS:
+            break
+        if turn + 1 >= _ROUNDS and spent > _SHORT_SECONDS:
             break
     return times
 

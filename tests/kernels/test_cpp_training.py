@@ -84,6 +84,10 @@ SPECS: dict[str, tuple[AttentionSpec, tuple[tuple[int, ...], ...]]] = {
 }
 
 
+# Those that are run in half precision, too.
+HALF = ("window, grouped", "slopes", "sink")
+
+
 def problem_of(
     spec: AttentionSpec,
     shapes: Sequence[tuple[int, ...]] = (),
@@ -134,6 +138,16 @@ def gradients(problem: Problem, dtype: torch.dtype, ours: bool) -> list[torch.Te
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _building() -> None:
+    """Libraries are built in threads, in the order of the tests."""
+    for spec in SPECS.values():
+        CppKernel().prepare(problem_of(*spec))
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in HALF:
+            CppKernel().prepare(problem_of(*SPECS[name], dtype=dtype))
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_gradients_are_as_accurate_as_eager(name: str) -> None:
     problem = problem_of(*SPECS[name])
@@ -147,7 +161,7 @@ def test_gradients_are_as_accurate_as_eager(name: str) -> None:
         assert_as_accurate(ours, eager, exact)
 
 
-@pytest.mark.parametrize("name", ["window, grouped", "slopes", "sink"])
+@pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_in_half_precision(name: str, dtype: torch.dtype) -> None:
     problem = problem_of(*SPECS[name], dtype=dtype)

@@ -176,6 +176,16 @@ def _cases() -> list[tuple[str, str, torch.dtype]]:
     return [c for c in found if c[0] != "cpp" or c[2] != torch.float16 or c[1] in few]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _building() -> None:
+    """Libraries are built in threads while the kernels that need none are tested."""
+    cpp = by_name("cpp")
+    for kernel, name, dtype in _cases():
+        problem = problem_of(name, dtype)
+        if kernel == "cpp" and cpp.refusal(problem) is None:
+            cpp.prepare(problem)
+
+
 @pytest.mark.parametrize(("kernel", "name", "dtype"), _cases())
 def test_kernel_is_as_accurate_as_eager(kernel: str, name: str, dtype: torch.dtype) -> None:
     problem = problem_of(name, dtype)
