@@ -79,12 +79,16 @@ class FewRows {
       for (int lane = 0; lane < kLanes; ++lane) {
         const int64_t at = key + lane < keys ? key + lane : keys - 1;
         const Number* elements = row_of(call.k, batch_, first_head_ / kGroup, first + at);
-        for (int i = 0; i < kTogether; ++i) sums[i][lane] = Floats{};
+        Floats sum[kTogether] = {};
+#pragma GCC unroll 4
         for (int d = 0; d < kHeadDim; d += kLanes) {
           const Floats element = load_some<kHeadDim>(elements, d);
+#pragma GCC unroll 4
           for (int i = 0; i < kTogether; ++i)
-            sums[i][lane] += element * load(queries_[row + (i < rows ? i : 0)] + d);
+            sum[i] += element * load(queries_[row + (i < rows ? i : 0)] + d);
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) sums[i][lane] = sum[i];
       }
       for (int i = 0; i < rows; ++i) store(scores_[row + i] + key, sums_of(sums[i]));
     }
@@ -122,9 +126,11 @@ class FewRows {
       Floats sums[kTogether][kWide / kLanes] = {};
       for (int64_t key = 0; key < keys; ++key) {
         const Number* elements = row_of(call.v, batch_, first_head_ / kGroup, first + key);
+#pragma GCC unroll 4
         for (int vector = 0; vector < kWide / kLanes; ++vector) {
-          if (e + vector * kLanes >= kValueDim) break;
-          const Floats element = load_some<kValueDim>(elements, e + vector * kLanes);
+          const int at = e + vector * kLanes;
+          const Floats element = at < kValueDim ? load_some<kValueDim>(elements, at) : Floats{};
+#pragma GCC unroll 4
           for (int i = 0; i < kTogether; ++i)
             sums[i][vector] += scores_[row + (i < rows ? i : 0)][key] * element;
         }
