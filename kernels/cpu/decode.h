@@ -18,14 +18,19 @@ constexpr int64_t kLeastShare = 4;
 // What one share leaves of one row.
 struct Part {
   float largest, sum;
-  float out[rounded_up(kValueDim, kLanes)];
+  float out[rounded_up(kValueDim, 2 * kLanes)];
 };
 
-// The rows of the query heads that share a key head, and blocks, on one share of the keys.
+// The rows of the query heads that share a key head, and blocks, on one share of the keys: in floats,
+// or in words of two bfloat16.
+template <typename Word>
 class FewRows {
  public:
-  static constexpr int kRows = kGroup * kFewRows;
-  static constexpr int kDim = rounded_up(kHeadDim, kLanes), kOut = rounded_up(kValueDim, kLanes);
+  using Weight = std::conditional_t<std::is_same_v<Word, float>, float, Bfloat16>;
+  using Vector = std::conditional_t<std::is_same_v<Word, float>, Floats, Words>;
+  static constexpr int kMostRows = kGroup * kFewRows;
+  static constexpr int kQueryWords = rounded_up(words_of<Word>(kHeadDim), kLanes);
+  static constexpr int kOut = rounded_up(kValueDim, kInWord<Word> * kLanes);
 
   // Whether all queries are finite.
   bool start(const Call& call, int64_t batch, int64_t first_head, int64_t heads) {
@@ -51,11 +56,14 @@ class FewRows {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t block = block_of(entries[i]), first = block * kBlockKeys;
       const int64_t rest = call.columns - first, keys = rest < kBlockKeys ? rest : kBlockKeys;
-      for (int64_t row = 0; row < rows; row += kTogether)
-        multiply_keys(call, first, keys, row, rows - row < kTogether ? rows - row : kTogether);
+      int64_t row = 0;
+      for (; row + kTogether <= rows; row += kTogether)
+        multiply_keys<kTogether>(call, first, keys, row);
+      for (; row < rows; ++row) multiply_keys<1>(call, first, keys, row);
       finite &= weigh(call, block, is_cut(entries[i]), keys, parts);
-      for (int64_t row = 0; row < rows; row += kTogether)
-        add_values(call, first, keys, row, rows - row < kTogether ? rows - row : kTogether, parts);
+      for (row = 0; row + kTogether <= rows; row += kTogether)
+        add_values<kTogether>(call, first, keys, row, parts);
+      for (; row < rows; ++row) add_values<1>(call, first, keys, row, parts);
     }
     for (int64_t row = 0; row < rows; ++row) {
       parts[row].largest = state_[row].largest;
@@ -66,31 +74,41 @@ class FewRows {
   }
 
  private:
-  // Rows that are computed together, in registers.
-  static constexpr int kTogether = kGroup % 4 == 0 ? 4 : kGroup % 2 == 0 ? 2 : 1;
+  // Rows that are computed together.
+  static constexpr int kTogether = 4;
+  static_assert(kLanes % kTogether == 0, "rows and keys share the lanes of a vector");
 
   int64_t head_of(int64_t row) const { return first_head_ + row / rows_; }
 
-  // Products of some rows and a block of keys: kLanes keys at a time, each by vectors over its
-  // elements, whose lanes are summed for all of them at once.
-  void multiply_keys(const Call& call, int64_t first, int64_t keys, int64_t row, int64_t rows) {
-    for (int64_t key = 0; key < keys; key += kLanes) {
-      Floats sums[kTogether][kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t at = key + lane < keys ? key + lane : keys - 1;
-        const Number* elements = row_of(call.k, batch_, first_head_ / kGroup, first + at);
-        Floats sum[kTogether] = {};
+  const Number* key_of(const Call& call, int64_t key) const {
+    return row_of(call.k, batch_, first_head_ / kGroup, key);
+  }
+  const Number* value_of(const Call& call, int64_t key) const {
+    return row_of(call.v, batch_, first_head_ / kGroup, key);
+  }
+
+  // Products of kRows rows and a block of keys, as many at a time as make a vector: each by vectors
+  // over its elements, whose lanes are summed for all of them at once.
+  template <int kRows>
+  void multiply_keys(const Call& call, int64_t first, int64_t keys, int64_t row) {
+    constexpr int kKeys = kLanes / kRows;
+    for (int64_t key = 0; key < keys; key += kKeys) {
+      Floats sums[kRows * kKeys] = {};
 #pragma GCC unroll 4
-        for (int d = 0; d < kHeadDim; d += kLanes) {
-          const Floats element = load_some<kHeadDim>(elements, d);
+      for (int word = 0; word < kQueryWords; word += kLanes)
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) {
+          const int64_t at = key + i < keys ? key + i : keys - 1;
+          const Vector element = load_words<kHeadDim, Word>(key_of(call, first + at), word);
 #pragma GCC unroll 4
-          for (int i = 0; i < kTogether; ++i)
-            sum[i] += element * load(queries_[row + (i < rows ? i : 0)] + d);
+          for (int j = 0; j < kRows; ++j)
+            sums[j * kKeys + i] =
+                multiply_add(sums[j * kKeys + i], element, load(queries_[row + j] + word));
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < kTogether; ++i) sums[i][lane] = sum[i];
-      }
-      for (int i = 0; i < rows; ++i) store(scores_[row + i] + key, sums_of(sums[i]));
+      const Floats products = sums_of(sums);
+      for (int j = 0; j < kRows; ++j)
+        std::memcpy(scores_[row + j] + key, reinterpret_cast<const float*>(&products) + j * kKeys,
+                    kKeys * sizeof(float));
     }
   }
 
@@ -110,7 +128,7 @@ class FewRows {
                     kept);
       }
       const float scale = weigh_row<kBlockKeys>(state_[row], scores_[row], &factor, 1,
-                                                kDropout > 0.0f ? kept : nullptr, scores_[row]);
+                                                kDropout > 0.0f ? kept : nullptr, weights_[row]);
       if (scale != 1.0f)
         for (int e = 0; e < kOut; e += kLanes)
           store(parts[row].out + e, load(parts[row].out + e) * scale);
@@ -118,35 +136,65 @@ class FewRows {
     return finite;
   }
 
-  // Weights times values, summed over a block of keys.
-  void add_values(const Call& call, int64_t first, int64_t keys, int64_t row, int64_t rows,
-                  Part* parts) {
-    constexpr int kWide = kOut < 4 * kLanes ? kOut : 4 * kLanes;
-    for (int e = 0; e < kOut; e += kWide) {
-      Floats sums[kTogether][kWide / kLanes] = {};
-      for (int64_t key = 0; key < keys; ++key) {
-        const Number* elements = row_of(call.v, batch_, first_head_ / kGroup, first + key);
+  // Weights times values, summed over a block of keys: one, or a pair of them, at a time.
+  template <int kRows>
+  void add_values(const Call& call, int64_t first, int64_t keys, int64_t row, Part* parts) {
+    constexpr int kStep = kInWord<Word>, kMost = kLanes < 16 && kRows > 1 ? 2 : 4;
+    constexpr int kVectors = kOut / kLanes < kMost ? kOut / kLanes : kMost;
+    for (int e = 0; e < kOut; e += kVectors * kLanes) {
+      Floats sums[kRows][kVectors] = {};
+      for (int64_t key = 0; key < keys; key += kStep) {
+        const Number* elements = value_of(call, first + key);
+        const Number* neighbours = value_of(call, first + (key + kStep <= keys ? key + kStep - 1 : key));
 #pragma GCC unroll 4
-        for (int vector = 0; vector < kWide / kLanes; ++vector) {
-          const int at = e + vector * kLanes;
-          const Floats element = at < kValueDim ? load_some<kValueDim>(elements, at) : Floats{};
+        for (int vector = 0; vector < kVectors; vector += kStep) {
+          Vector values[kStep] = {};
+          if (e + vector * kLanes < kValueDim)
+            load_step(elements, neighbours, (e + vector * kLanes) / kStep, values);
 #pragma GCC unroll 4
-          for (int i = 0; i < kTogether; ++i)
-            sums[i][vector] += scores_[row + (i < rows ? i : 0)][key] * element;
+          for (int i = 0; i < kRows; ++i) {
+            Word weight;
+            std::memcpy(&weight, &weights_[row + i][key], sizeof weight);
+#pragma GCC unroll 2
+            for (int part = 0; part < kStep; ++part)
+              sums[i][vector + part] =
+                  multiply_add(sums[i][vector + part], all(weight), values[part]);
+          }
         }
       }
-      for (int i = 0; i < rows; ++i)
-        for (int vector = 0; vector < kWide / kLanes && e + vector * kLanes < kOut; ++vector) {
-          float* to = parts[row + i].out + e + vector * kLanes;
-          store(to, load(to) + sums[i][vector]);
-        }
+      const int left = kOut - e < kVectors * kLanes ? kOut - e : kVectors * kLanes;
+      for (int i = 0; i < kRows; ++i) add_sums(sums[i], left, parts[row + i].out + e);
+    }
+  }
+
+  // Elements of one key; of a pair of keys each two as a word, those at even places and those at odd.
+  static void load_step(const Number* one, const Number* other, int word, Vector* values) {
+    values[0] = load_words<kValueDim, Word>(one, word);
+    if constexpr (kInWord<Word> == 2) {
+      const Words low = values[0], high = load_words<kValueDim, Word>(other, word);
+      values[0] = (low & 0xffffu) | high << 16;
+      values[1] = low >> 16 | (high & 0xffff0000u);
+    }
+  }
+
+  // Sums as load_step has them, added to an output.
+  static void add_sums(const Floats* sums, int size, float* out) {
+    for (int e = 0; e < size; e += kInWord<Word> * kLanes, sums += kInWord<Word>) {
+      Floats low = sums[0];
+      if constexpr (kInWord<Word> == 2) {
+        low = zipped<0>(sums[0], sums[1], Lanes());
+        const Floats high = zipped<kLanes / 2>(sums[0], sums[1], Lanes());
+        store(out + e + kLanes, load(out + e + kLanes) + high);
+      }
+      store(out + e, load(out + e) + low);
     }
   }
 
   int64_t batch_, first_head_, heads_, rows_;
-  alignas(64) float queries_[kRows][kDim];
-  alignas(64) float scores_[kRows][kBlockKeys];
-  RowState state_[kRows];
+  alignas(64) Word queries_[kMostRows][kQueryWords];
+  alignas(64) float scores_[kMostRows][kBlockKeys];
+  alignas(64) Weight weights_[kMostRows][kBlockKeys];
+  RowState state_[kMostRows];
 };
 
 // Shares of one row become its result.
@@ -214,6 +262,7 @@ struct Shares {
   int64_t together, groups, all_groups, rows, longest, shares;
 };
 
+template <typename Word>
 static Status decode(const Call& call) {
   const Shares work(call);
   const int64_t items = work.all_groups * work.shares;
@@ -224,8 +273,8 @@ static Status decode(const Call& call) {
   std::atomic<int64_t> status{kDone};
 #pragma omp parallel num_threads(items < call.threads ? items : call.threads)
   {
-    auto memory = buffer_of<FewRows>(1);
-    FewRows* few = memory.get();
+    auto memory = buffer_of<FewRows<Word>>(1);
+    FewRows<Word>* few = memory.get();
     if (!few) status.store(kNoMemory);
 #pragma omp for schedule(static)
     for (int64_t group = 0; group < work.all_groups; ++group)

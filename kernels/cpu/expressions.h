@@ -34,12 +34,12 @@ static inline A magnitude(A a) {
 // NaN in either comes through.
 template <typename A, typename B>
 static inline auto maximum(A a, B b) {
-  return (a > b) | (a != a) ? a : b;
+  return ((a > b) | (a != a)) ? a : b;
 }
 
 template <typename A, typename B>
 static inline auto minimum(A a, B b) {
-  return (a < b) | (a != a) ? a : b;
+  return ((a < b) | (a != a)) ? a : b;
 }
 
 // 2^x for x <= 0, as exp2_of_negative (vectors.h).

@@ -21,14 +21,13 @@ constexpr int kTileRows = 6, kPanelVectors = 4;
 static_assert(kTileRows == 6 && (kPanelVectors == 2 || kPanelVectors == 4), "the switches below");
 constexpr int kPanel = kPanelVectors * kLanes;
 
-// sum + a * b, a in every lane.
-static inline Floats multiply_add(Floats sum, float a, const float* b) { return sum + a * load(b); }
+// sum + a * b.
+static inline Floats multiply_add(Floats sum, Floats a, Floats b) { return sum + a * b; }
 
 #if defined(__AVX512BF16__)
 // Both halves of each word.
-static inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b) {
-  const Words left = a - Words{}, right = *reinterpret_cast<const WordsAt*>(b);
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+static inline Floats multiply_add(Floats sum, Words a, Words b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 }
 #endif
@@ -51,8 +50,8 @@ static inline void multiply_tile(const Word* a, int64_t a_stride, const Word* b,
 #pragma GCC unroll 4
       for (int vector = 0; vector < kVectors; ++vector)
         sum[row][vector] = multiply_add(
-            sum[row][vector], kTransposed ? a[step * a_stride + row] : a[row * a_stride + step],
-            b + step * kStride + vector * kLanes);
+            sum[row][vector], all(kTransposed ? a[step * a_stride + row] : a[row * a_stride + step]),
+            load(b + step * kStride + vector * kLanes));
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)

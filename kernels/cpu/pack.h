@@ -27,6 +27,20 @@ static inline uint32_t pair_of(float low, float high) {
   return uint32_t(from_float<Bfloat16>(low).bits) | uint32_t(from_float<Bfloat16>(high).bits) << 16;
 }
 
+// kLanes words from `word` of a row of kDim elements, what is beyond it 0.
+template <int kDim, typename Word, typename Number>
+static inline auto load_words(const Number* row, int word) {
+  if constexpr (std::is_same_v<Word, float>) {
+    return load_some<kDim>(row, word);
+  } else {
+    static_assert(std::is_same_v<Number, Bfloat16>, "two bfloat16 are a word as they lie");
+    const int left = kDim - 2 * word;
+    Words words = {};
+    std::memcpy(&words, row + 2 * word, left < 2 * kLanes ? 2 * left : sizeof words);
+    return words;
+  }
+}
+
 template <int kDim, typename Number>
 static inline bool is_finite(const Number* row) {
   uint32_t bad = 0;

@@ -30,10 +30,14 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 static inline Floats load(const float* at) { return *reinterpret_cast<const FloatsAt*>(at); }
 
+static inline Words load(const uint32_t* at) { return *reinterpret_cast<const WordsAt*>(at); }
+
 static inline void store(float* at, Floats value) { *reinterpret_cast<FloatsAt*>(at) = value; }
 
 // x in every lane; subtracting zero leaves even -0 and NaN as they are.
 static inline Floats all(float x) { return x - Floats{}; }
+
+static inline Words all(uint32_t x) { return x - Words{}; }
 
 // A product that is rounded before something is added to it: no fused operation takes both.
 static inline Floats rounded(Floats product) {
@@ -66,6 +70,12 @@ static inline Floats swapped(Floats a, std::integer_sequence<int, kLane...>) {
   return shuffled(a, a, std::integer_sequence<int, (kLane ^ kStep)...>());
 }
 
+// From lane kFrom on, lanes of a and of b in turns.
+template <int kFrom, int... kLane>
+static inline Floats zipped(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return shuffled(a, b, std::integer_sequence<int, (kFrom + kLane / 2 + kLane % 2 * kLanes)...>());
+}
+
 using Lanes = std::make_integer_sequence<int, kLanes>;
 
 template <int kStep = kLanes / 2>
@@ -96,6 +106,7 @@ static inline Floats sums_of(const Floats* vectors) {
     return vectors[0];
   } else {
     Floats folded[kLanes / kStep / 2];
+#pragma GCC unroll 8
     for (int i = 0; i < kLanes / kStep / 2; ++i)
       folded[i] = fold<kStep>(vectors[2 * i], vectors[2 * i + 1], Lanes());
     return sums_of<2 * kStep>(folded);

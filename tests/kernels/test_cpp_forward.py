@@ -135,6 +135,7 @@ def assert_right(ours: torch.Tensor, inputs: Inputs, spec: AttentionSpec) -> Non
         (64, 64, FLOAT),
         (256, 256, FLOAT),
         (33, 7, BRAIN),
+        (40, 72, BRAIN),
         (128, 128, BRAIN),
         (80, 72, HALF),
     ],
