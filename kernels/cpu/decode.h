@@ -21,6 +21,23 @@ struct Part {
   float out[rounded_up(kValueDim, 2 * kLanes)];
 };
 
+// Rows of keys or values that are read next, fetched while others are computed with: by itself the
+// machine looks ahead as far as a block reaches, and no further, as keys and values take turns.
+// Into the second cache: in the first, those in use and those to come would push each other out.
+template <int kDim>
+struct Ahead {
+  const Number* rows;
+  int64_t stride, count;
+
+  // Always inline: GCC drops calls of what does nothing but prefetch.
+  __attribute__((always_inline)) void fetch(int64_t row) const {
+    if (row >= count) return;
+#pragma GCC unroll 16
+    for (int d = 0; d < kDim; d += int(64 / sizeof(Number)))
+      __builtin_prefetch(rows + row * stride + d, 0, 2);
+  }
+};
+
 // The rows of the query heads that share a key head, and blocks, on one share of the keys: in floats,
 // or in words of two bfloat16.
 template <typename Word>
@@ -54,16 +71,18 @@ class FewRows {
     }
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t block = block_of(entries[i]), first = block * kBlockKeys;
-      const int64_t rest = call.columns - first, keys = rest < kBlockKeys ? rest : kBlockKeys;
+      const int64_t block = block_of(entries[i]), keys = keys_in(call, block);
+      const Ahead<kValueDim> values = ahead_of<kValueDim>(call, call.v, block);
       int64_t row = 0;
       for (; row + kTogether <= rows; row += kTogether)
-        multiply_keys<kTogether>(call, first, keys, row);
-      for (; row < rows; ++row) multiply_keys<1>(call, first, keys, row);
+        multiply_keys<kTogether>(call, block, keys, row, values);
+      for (; row < rows; ++row) multiply_keys<1>(call, block, keys, row, values);
       finite &= weigh(call, block, is_cut(entries[i]), keys, parts);
+      const Ahead<kHeadDim> next =
+          ahead_of<kHeadDim>(call, call.k, i + 1 < count ? block_of(entries[i + 1]) : block);
       for (row = 0; row + kTogether <= rows; row += kTogether)
-        add_values<kTogether>(call, first, keys, row, parts);
-      for (; row < rows; ++row) add_values<1>(call, first, keys, row, parts);
+        add_values<kTogether>(call, block, keys, row, next, parts);
+      for (; row < rows; ++row) add_values<1>(call, block, keys, row, next, parts);
     }
     for (int64_t row = 0; row < rows; ++row) {
       parts[row].largest = state_[row].largest;
@@ -80,26 +99,38 @@ class FewRows {
 
   int64_t head_of(int64_t row) const { return first_head_ + row / rows_; }
 
-  const Number* key_of(const Call& call, int64_t key) const {
-    return row_of(call.k, batch_, first_head_ / kGroup, key);
+  static int64_t keys_in(const Call& call, int64_t block) {
+    const int64_t rest = call.columns - block * kBlockKeys;
+    return rest < kBlockKeys ? rest : kBlockKeys;
   }
-  const Number* value_of(const Call& call, int64_t key) const {
-    return row_of(call.v, batch_, first_head_ / kGroup, key);
+
+  // The first row of a block of K or V.
+  const Number* block_of_rows(const Tensor& tensor, int64_t block) const {
+    return row_of(tensor, batch_, first_head_ / kGroup, block * kBlockKeys);
+  }
+
+  template <int kDim>
+  Ahead<kDim> ahead_of(const Call& call, const Tensor& tensor, int64_t block) const {
+    return {block_of_rows(tensor, block), tensor.row_stride, keys_in(call, block)};
   }
 
   // Products of kRows rows and a block of keys, as many at a time as make a vector: each by vectors
   // over its elements, whose lanes are summed for all of them at once.
   template <int kRows>
-  void multiply_keys(const Call& call, int64_t first, int64_t keys, int64_t row) {
+  void multiply_keys(const Call& call, int64_t block, int64_t keys, int64_t row,
+                     const Ahead<kValueDim>& values) {
     constexpr int kKeys = kLanes / kRows;
+    const Number* first = block_of_rows(call.k, block);
     for (int64_t key = 0; key < keys; key += kKeys) {
+      for (int64_t i = 0; row == 0 && i < kKeys; ++i) values.fetch(key + i);
       Floats sums[kRows * kKeys] = {};
 #pragma GCC unroll 4
       for (int word = 0; word < kQueryWords; word += kLanes)
 #pragma GCC unroll 16
         for (int i = 0; i < kKeys; ++i) {
           const int64_t at = key + i < keys ? key + i : keys - 1;
-          const Vector element = load_words<kHeadDim, Word>(key_of(call, first + at), word);
+          const Vector element =
+              load_words<kHeadDim, Word>(first + at * call.k.row_stride, word);
 #pragma GCC unroll 4
           for (int j = 0; j < kRows; ++j)
             sums[j * kKeys + i] =
@@ -138,14 +169,18 @@ class FewRows {
 
   // Weights times values, summed over a block of keys: one, or a pair of them, at a time.
   template <int kRows>
-  void add_values(const Call& call, int64_t first, int64_t keys, int64_t row, Part* parts) {
+  void add_values(const Call& call, int64_t block, int64_t keys, int64_t row,
+                  const Ahead<kHeadDim>& next, Part* parts) {
     constexpr int kStep = kInWord<Word>, kMost = kLanes < 16 && kRows > 1 ? 2 : 4;
     constexpr int kVectors = kOut / kLanes < kMost ? kOut / kLanes : kMost;
+    const Number* first = block_of_rows(call.v, block);
     for (int e = 0; e < kOut; e += kVectors * kLanes) {
       Floats sums[kRows][kVectors] = {};
       for (int64_t key = 0; key < keys; key += kStep) {
-        const Number* elements = value_of(call, first + key);
-        const Number* neighbours = value_of(call, first + (key + kStep <= keys ? key + kStep - 1 : key));
+        for (int64_t i = 0; row == 0 && e == 0 && i < kStep; ++i) next.fetch(key + i);
+        const Number* elements = first + key * call.v.row_stride;
+        const Number* neighbours = key + kStep <= keys ? elements + (kStep - 1) * call.v.row_stride
+                                                       : elements;
 #pragma GCC unroll 4
         for (int vector = 0; vector < kVectors; vector += kStep) {
           Vector values[kStep] = {};
