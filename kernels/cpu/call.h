@@ -1,4 +1,4 @@
-// What one call is given; kernels/cpu/call.py has the same structures.
+// What one call is given; kernels/cpu/call.py fills it, member by member, each of 64 bits.
 
 #pragma once
 
@@ -63,6 +63,10 @@ struct BackwardCall {
   Tensor grad_out, grad_q, grad_k, grad_v;
   const OperandGradient* gradients;  // one for each operand; null where nobody asks for any
 };
+
+static_assert(sizeof(Call) == 35 * 8 && sizeof(BackwardCall) == (35 + 17) * 8 &&
+                  sizeof(Operand) == 5 * 8 && sizeof(OperandGradient) == 6 * 8,
+              "all members are of 64 bits");
 
 enum Status : int64_t { kDone = 0, kNotFinite = 1, kNoMemory = 2 };
 

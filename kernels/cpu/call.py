@@ -1,70 +1,20 @@
-"""One call of a library: the structures of call.h, filled from tensors."""
+"""One call of a library: the structures of call.h, filled from tensors.
+
+All their members are 64 bits wide: a structure is packed as a row of numbers, in the order of its
+members. A call takes microseconds; with ctypes.Structure it would take twice as many.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-_INT = ctypes.c_int64
-_POINTER = ctypes.c_void_p
-
 DONE, NOT_FINITE, NO_MEMORY = 0, 1, 2
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (("data", _POINTER), ("batch", _INT), ("head", _INT), ("row", _INT))
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> _Tensor:
-        batch, head, row, _ = tensor.stride()
-        return _Tensor(tensor.data_ptr(), batch, head, row)
-
-
-class _Operand(ctypes.Structure):
-    _fields_ = (("data", _POINTER), ("stride", _INT * 4))
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> _Operand:
-        strides = (*tensor.stride(), 0, 0, 0, 0)
-        return _Operand(tensor.data_ptr(), (_INT * 4)(*strides[:4]))
-
-
-class _Call(ctypes.Structure):
-    _fields_ = (
-        *((name, _Tensor) for name in ("q", "k", "v", "out")),
-        *((name, _POINTER) for name in ("lse", "statistics")),
-        *((name, _INT) for name in ("batch", "heads", "rows", "columns")),
-        *((name, _POINTER) for name in ("operands", "params", "offsets", "blocks")),
-        *((name, _INT) for name in ("list_batch_stride", "list_head_stride")),
-        ("key_bias", _POINTER),
-        *((name, _INT) for name in ("key_bias_batch_stride", "key_bias_head_stride")),
-        *((name, _INT) for name in ("scores_in_bfloat16", "values_in_bfloat16", "threads")),
-        ("seed", ctypes.c_uint64),
-    )
-
-
-class _OperandGradient(ctypes.Structure):
-    _fields_ = (("data", _POINTER), ("copy_stride", _INT), ("stride", _INT * 4))
-
-    @staticmethod
-    def of(copies: torch.Tensor | None) -> _OperandGradient:
-        if copies is None:
-            return _OperandGradient()
-        strides = (*copies.stride()[1:], 0, 0, 0, 0)
-        copy_stride = copies.stride(0) if copies.dtype == torch.float64 else 0
-        return _OperandGradient(copies.data_ptr(), copy_stride, (_INT * 4)(*strides[:4]))
-
-
-class _BackwardCall(ctypes.Structure):
-    _fields_ = (
-        ("call", _Call),
-        *((name, _Tensor) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
-        ("gradients", _POINTER),
-    )
 
 
 @dataclass(frozen=True)
@@ -82,6 +32,20 @@ class Plan:
     key_bias: torch.Tensor | None = None
     scores_in_bfloat16: bool = False
     values_in_bfloat16: bool = False
+
+    @functools.cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """Its members of Call."""
+        bias = self.key_bias
+        return (
+            self.offsets.data_ptr(),
+            self.blocks.data_ptr(),
+            *_shared_strides(self.offsets),
+            _address(bias),
+            *((0, 0) if bias is None else _shared_strides(bias)),
+            self.scores_in_bfloat16,
+            self.values_in_bfloat16,
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +71,9 @@ class Arguments:
 
 def forward(compiled: ctypes.CDLL, arguments: Arguments) -> int:
     """The status of the forward pass; out, and of the rest what is there, are written."""
-    held = _Held.of(arguments)
-    return int(compiled.attention_forward(ctypes.byref(held.call)))
+    # Arrays that others point to stay until the call returns.
+    operands, params = _operands_of(arguments.operands), _row_of(arguments.params)
+    return int(compiled.attention_forward(_CALL.pack(*_call_of(arguments, operands, params))))
 
 
 def backward(
@@ -123,54 +88,66 @@ def backward(
     operand_grads: for each operand zeros to be added to, float64 [threads, *its shape] or float32
     [1, *its shape], or None.
     """
-    held = _Held.of(arguments)
-    gradients = (_OperandGradient * max(len(operand_grads), 1))(
-        *map(_OperandGradient.of, operand_grads)
-    )
+    operands, params = _operands_of(arguments.operands), _row_of(arguments.params)
+    gradients = _row_of([number for grad in operand_grads for number in _gradient_of(grad)])
     wanted = any(grad is not None for grad in operand_grads)
-    call = _BackwardCall(
-        held.call,
-        _Tensor.of(grad_out),
-        *map(_Tensor.of, grads),
-        ctypes.cast(gradients, _POINTER) if wanted else None,
+    further = [number for tensor in (grad_out, *grads) for number in _tensor_of(tensor)]
+    further.append(ctypes.addressof(gradients) if wanted else 0)
+    call = _CALL.pack(*_call_of(arguments, operands, params))
+    return int(compiled.attention_backward(call + struct.pack(f"{len(further)}q", *further)))
+
+
+_CALL = struct.Struct("34qQ")  # the seed has no sign
+_Row = ctypes.Array[ctypes.c_int64]
+
+
+def _row_of(numbers: Sequence[int]) -> _Row:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _call_of(given: Arguments, operands: _Row, params: _Row) -> tuple[int, ...]:
+    """Call."""
+    return (
+        *_tensor_of(given.q),
+        *_tensor_of(given.k),
+        *_tensor_of(given.v),
+        *_tensor_of(given.out),
+        _address(given.lse),
+        _address(given.statistics),
+        *given.q.shape[:3],
+        given.k.shape[2],
+        ctypes.addressof(operands),
+        ctypes.addressof(params),
+        *given.plan.numbers,
+        torch.get_num_threads(),
+        given.seed,
     )
-    return int(compiled.attention_backward(ctypes.byref(call)))
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A call, and the arrays that it points to."""
-
-    call: _Call
-    arrays: tuple[Any, ...]
-
-    @staticmethod
-    def of(given: Arguments) -> _Held:
-        operands = (_Operand * max(len(given.operands), 1))(*map(_Operand.of, given.operands))
-        params = (_INT * max(len(given.params), 1))(*given.params)
-        plan, lists, bias = given.plan, given.plan.offsets, given.plan.key_bias
-        call = _Call(
-            *map(_Tensor.of, (given.q, given.k, given.v, given.out)),
-            *map(_address, (given.lse, given.statistics)),
-            *given.q.shape[:3],
-            given.k.shape[2],
-            ctypes.cast(operands, _POINTER),
-            ctypes.cast(params, _POINTER),
-            lists.data_ptr(),
-            plan.blocks.data_ptr(),
-            *_shared_strides(lists),
-            _address(bias),
-            *((0, 0) if bias is None else _shared_strides(bias)),
-            plan.scores_in_bfloat16,
-            plan.values_in_bfloat16,
-            torch.get_num_threads(),
-            given.seed,
-        )
-        return _Held(call, (operands, params))
+def _tensor_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Tensor."""
+    return (tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+def _operands_of(operands: Sequence[torch.Tensor]) -> _Row:
+    """Operand[]."""
+    return _row_of([n for o in operands for n in (o.data_ptr(), *_four(o.stride()))])
+
+
+def _gradient_of(copies: torch.Tensor | None) -> tuple[int, ...]:
+    """OperandGradient."""
+    if copies is None:
+        return (0,) * 6
+    copy_stride = copies.stride(0) if copies.dtype == torch.float64 else 0
+    return (copies.data_ptr(), copy_stride, *_four(copies.stride()[1:]))
+
+
+def _four(strides: Sequence[int]) -> tuple[int, ...]:
+    return (*strides, 0, 0, 0, 0)[:4]
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def _shared_strides(tensor: torch.Tensor) -> tuple[int, int]:

@@ -100,6 +100,7 @@ class CppRunner:
         self.spec = made_for.spec
         self.made_for = made_for
         self._library = library(source_of(made_for))
+        self._dtype = getattr(torch, made_for.dtype)
         self._dtypes = tuple(getattr(torch, name) for name in made_for.operands)
         self._plans: Kept[Plan] = Kept(_KEPT_LENGTHS)
 
@@ -239,19 +240,19 @@ class CppRunner:
         operands: Sequence[torch.Tensor],
     ) -> None:
         """The library checks nothing: what it was not made for would read wild memory."""
-        made_for = self.made_for
-        batch, heads = q_BHMD.shape[:2]
-        keys = (batch, heads // self.spec.group, k_BGND.shape[2])
+        head_dim, value_dim = self.made_for.head_dim, self.made_for.value_dim
+        batch, heads, rows = q_BHMD.shape[:3]
+        group, columns = heads // self.spec.group, k_BGND.shape[2]
         wanted = (
-            (*q_BHMD.shape[:3], made_for.head_dim),
-            (*keys, made_for.head_dim),
-            (*keys, made_for.value_dim),
+            ("q", q_BHMD, (batch, heads, rows, head_dim)),
+            ("k", k_BGND, (batch, group, columns, head_dim)),
+            ("v", v_BGNE, (batch, group, columns, value_dim)),
         )
-        for name, tensor, shape in zip("qkv", (q_BHMD, k_BGND, v_BGNE), wanted, strict=True):
-            if _name(tensor.dtype) != made_for.dtype or tuple(tensor.shape) != shape:
+        for name, tensor, shape in wanted:
+            if tensor.dtype != self._dtype or tensor.shape != shape:
                 raise ValueError(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel was made for "
-                    f"{made_for.dtype} {shape}"
+                    f"{self._dtype} {shape}"
                 )
         if len(operands) != len(self.spec.operands):
             raise ValueError(f"{len(operands)} operands instead of {len(self.spec.operands)}")

@@ -260,6 +260,17 @@ def test_the_op_keeps_to_its_contract() -> None:
     )
 
 
+def test_a_gradient_is_refused_by_the_op_without_one() -> None:
+    problem = problem_of("window")
+    tensors, _ = random_inputs(problem)
+    plan = repr({"kernel": "strips", "spec": problem.spec.serialize()})
+    tensors[2].requires_grad_()
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.ops.adaattn.attention(*tensors, [], [], plan)
+    with torch.no_grad():
+        assert torch.ops.adaattn.attention(*tensors, [], [], plan).isfinite().all()
+
+
 def test_text_that_is_no_plan_is_refused() -> None:
     tensors, _ = random_inputs(problem_of("plain"))
     with pytest.raises(ValueError, match="not a plan"):
