@@ -41,8 +41,10 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	touch $@
 
 # `pytest`, not `python -m pytest`, which would put the root on sys.path (see pyproject.toml).
+# Triton is either interpreted or compiled throughout a process: first the former.
 test: $(STAMP)
-	$(BIN)/pytest --cov --cov-report=term $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted --cov --cov-report= --cov-fail-under=0
+	$(BIN)/pytest --cov --cov-append --cov-report=term $(PYTEST_ARGS)
 
 lint: style types layers
 

@@ -18,6 +18,7 @@ hypothesis.settings.load_profile("suite")
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts with its own cache folder, a reset Dynamo and the same random numbers."""
     monkeypatch.setenv("ADAATTN_CACHE_DIR", str(tmp_path / "adaattn"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     torch.compiler.reset()
     torch.manual_seed(0)
     yield

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from adaattn_compiler.kernels.blocks import block_structure, density
-from adaattn_compiler.kernels.cpu.expressions import NoCpp
 from adaattn_compiler.kernels.cpu.library import CannotBuild, compiler, start_building
 from adaattn_compiler.kernels.cpu.runner import BLOCK, configuration_of, cpp_runner, plan_of
 from adaattn_compiler.kernels.cpu.source import gradient_source_of, source_of
 from adaattn_compiler.kernels.cpu.training import training_call
+from adaattn_compiler.kernels.printing import NoCode
 from adaattn_compiler.kernels.problem import Attention, Problem
 from adaattn_compiler.kernels.through_op import FILLED_ROWS, fills_rows, op_call, op_refusal
 
@@ -46,7 +46,7 @@ class CppKernel:
         try:
             compiler()
             gradient_source_of(made_for) if trains(problem) else source_of(made_for)
-        except (NoCpp, CannotBuild) as error:
+        except (NoCode, CannotBuild) as error:
             return str(error)
         return None
 

@@ -77,7 +77,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def cpp_runner(plan: str) -> CppRunner:
-    """The runner of a plan, one for a process. Raises CannotBuild, NoCpp."""
+    """The runner of a plan, one for a process. Raises CannotBuild, NoCode."""
     fields = ast.literal_eval(plan)
     head_dim, value_dim = fields["dims"]
     made_for = Configuration(
@@ -164,7 +164,7 @@ class CppRunner:
         return library(gradient_source_of(self.made_for))
 
     def build_backward(self) -> None:
-        """Build what `backward` needs. Raises CannotBuild, NoCpp."""
+        """Build what `backward` needs. Raises CannotBuild, NoCode."""
         assert self._gradient_library
 
     def backward(

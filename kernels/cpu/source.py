@@ -11,8 +11,8 @@ from typing import Any
 
 import sympy
 
-from adaattn_compiler.kernels.cpu.derivatives import conditional_loads, derivative
-from adaattn_compiler.kernels.cpu.expressions import ELEMENTS, Row, number, sizes_of
+from adaattn_compiler.kernels.cpu.expressions import ELEMENTS, GUARDED, Row, sizes_of
+from adaattn_compiler.kernels.derivatives import conditional_loads, derivative
 from adaattn_compiler.predicates import describe
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S, h, k
 
@@ -48,7 +48,7 @@ class Configuration:
 
 
 def source_of(made_for: Configuration) -> str:
-    """The forward pass; it includes headers of this folder. NoCpp: an expression has no form."""
+    """The forward pass; it includes headers of this folder. NoCode: an expression has no form."""
     return _joined(
         _comment(made_for, "the forward pass"),
         '#include "expressions.h"',
@@ -244,7 +244,7 @@ def _place(row: Row, operand: int, index: Sequence[Any], axes: Sequence[int]) ->
     steps = []
     for axis in axes:
         if index[axis] != 0:
-            step = f"int64_t({row.printed(index[axis], lazily=True)})"
+            step = f"int64_t({row.printed(index[axis], GUARDED)})"
             inner = axis == len(index) - 1  # its stride is 1
             steps.append(
                 step if inner else f"{step} * backward.gradients[{operand}].stride[{axis}]"
@@ -281,7 +281,7 @@ def _sink_gradient(made_for: Configuration) -> str:
 
 def float_literal(value: float) -> str:
     """A number as a C++ float."""
-    return number(sympy.Float(value))
+    return Row([]).number(sympy.Float(value))
 
 
 def _flag(value: bool) -> str:

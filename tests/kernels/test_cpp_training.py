@@ -13,11 +13,11 @@ from check import assert_as_accurate
 from torch.utils.checkpoint import checkpoint
 
 from adaattn_compiler.kernels.cpu import runner as module
-from adaattn_compiler.kernels.cpu.derivatives import derivative
 from adaattn_compiler.kernels.cpu.dropout import dropped_by_hash
-from adaattn_compiler.kernels.cpu.expressions import NoCpp
 from adaattn_compiler.kernels.cpu.kernel import CppKernel
 from adaattn_compiler.kernels.cpu.runner import cpp_runner, plan_of
+from adaattn_compiler.kernels.derivatives import derivative
+from adaattn_compiler.kernels.printing import NoCode
 from adaattn_compiler.kernels.problem import Problem, Shape, Sizes
 from adaattn_compiler.kernels.reference import attention_by_rows, reference_attention
 from adaattn_compiler.spec import (
@@ -259,7 +259,7 @@ def test_score_without_a_known_derivative_is_refused_in_training_only() -> None:
     training = problem_of(spec)
     assert "no derivative of Max" in (CppKernel().refusal(training) or "")
     assert CppKernel().refusal(dataclasses.replace(training, requires_grad=False)) is None
-    with pytest.raises(NoCpp, match="no derivative of floor"):
+    with pytest.raises(NoCode, match="no derivative of floor"):
         derivative(sympy.floor(S) * S, S)
 
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import sympy
 
-from adaattn_compiler.kernels.cpu.expressions import NoCpp
+from adaattn_compiler.kernels.printing import NoCode
 from adaattn_compiler.spec import Load, Where
 
 
 def derivative(expression: Any, by: Any) -> Any:
-    """d expression / d by, where `by` is a symbol or a Load. NoCpp where no rule is known."""
+    """d expression / d by, where `by` is a symbol or a Load. NoCode where no rule is known."""
     if expression == by:
         return sympy.Integer(1)
     if not expression.has(by):
         return sympy.Integer(0)
     rule = _RULES.get(expression.func)
     if rule is None:
-        raise NoCpp(f"no derivative of {expression.func.__name__}")
+        raise NoCode(f"no derivative of {expression.func.__name__}")
     return rule(expression, by)
 
 
@@ -37,7 +37,7 @@ def _of_product(expression: Any, by: Any) -> Any:
 def _of_power(expression: Any, by: Any) -> Any:
     base, exponent = expression.as_base_exp()
     if not exponent.is_Integer:
-        raise NoCpp(f"no derivative of {expression}")
+        raise NoCode(f"no derivative of {expression}")
     return exponent * base ** (exponent - 1) * derivative(base, by)
 
 
@@ -48,12 +48,12 @@ def _of_tanh(expression: Any, by: Any) -> Any:
 def _of_where(expression: Any, by: Any) -> Any:
     condition, x, y = expression.args
     if condition.has(by):
-        raise NoCpp(f"no derivative of {expression}")
+        raise NoCode(f"no derivative of {expression}")
     return Where(condition, derivative(x, by), derivative(y, by))
 
 
 def _of_load(expression: Any, by: Any) -> Any:
-    raise NoCpp(f"no derivative by what is in the index of {expression}")
+    raise NoCode(f"no derivative by what is in the index of {expression}")
 
 
 _RULES = {

@@ -1,0 +1,106 @@
+"""A spec's expressions as Triton: what is done to a tile of scores.
+
+`q` is a column of positions, `k` a row of them, `b` and `h` are scalars, `S` and whatever else
+depends on both positions is a tile; `q_inside` and `k_inside` say which positions there are. Both
+branches of a choice are computed: what only one of them reads is loaded under its condition. Helper
+functions are those of functions.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+
+from adaattn_compiler.kernels.printing import Form, NoCode, Printer, joined, nested
+from adaattn_compiler.spec import Load, Where, k, q
+
+# What an element becomes when it is loaded, by the name that its torch dtype has without "torch.".
+_LOADED = {
+    "float32": "",
+    "float64": "tl.float32",
+    "bfloat16": "tl.float32",
+    "float16": "tl.float32",
+    "bool": "tl.int32",
+    "int64": "",
+    "int32": "tl.int64",  # a sum may pass 32 bits
+    "int16": "tl.int32",
+    "int8": "tl.int32",
+    "uint8": "tl.int32",
+}
+_REAL = ("float32", "float64", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Tile(Printer):
+    """The Triton of one tile's expressions; dtypes: of the operands, names without "torch."."""
+
+    dtypes: Sequence[str]
+
+    language: ClassVar[str] = "Triton"
+    forms: ClassVar[Mapping[Any, Form]] = {
+        sympy.Mul: joined("*"),
+        sympy.And: joined("&"),
+        sympy.Or: joined("|"),
+        sympy.Not: lambda parts: f"(~{parts[0]})",
+        sympy.Abs: lambda parts: f"tl.abs({parts[0]})",
+        sympy.Mod: lambda parts: f"modulo({parts[0]}, {parts[1]})",
+        sympy.Max: nested("maximum"),
+        sympy.Min: nested("minimum"),
+        sympy.tanh: lambda parts: f"tanh({parts[0]})",
+    }
+
+    def truth(self, value: bool) -> str:
+        return str(value)
+
+    def real(self, value: float) -> str:
+        return 'float("inf")' if value == float("inf") else repr(value)
+
+    def integer(self, value: int) -> str:
+        return str(value) if value < 1 << 30 else self.wide(str(value))
+
+    def wide(self, text: str) -> str:
+        return f"tl.cast({text}, tl.int64)"
+
+    def quotient(self, numerator: str, denominator: str, whole: bool) -> str:
+        function = "floor_divide" if whole else "floor_of_quotient"
+        return f"{function}({numerator}, {denominator})"
+
+    def reciprocal(self, text: str) -> str:
+        return f"(1.0 / {text})"
+
+    def choice(self, where: Where, guard: str | None) -> str:
+        condition = self.printed(where.args[0], guard)
+        x = self.printed(where.args[1], _both(guard, condition))
+        y = self.printed(where.args[2], _both(guard, f"(~{condition})"))
+        return f"tl.where({condition}, {x}, {y})"
+
+    def is_whole_operand(self, operand: int) -> bool:
+        return self.dtypes[operand] not in _REAL
+
+    def load(self, load: Load, guard: str | None) -> str:
+        operand, index = int(load.args[0]), load.args[1:]
+        dtype = self.dtypes[operand]
+        if dtype not in _LOADED:
+            raise NoCode(f"no Triton type for torch.{dtype}")
+        parts = [f"operand{operand}_ptr"]
+        for axis, place in enumerate(index):
+            if place != 0:
+                text = self.wide(self.printed(place, guard))
+                parts.append(f"{text} * stride_operand{operand}_{axis}")
+        known = [f"{position}_inside" for position in (q, k) if load.has(position)]
+        if guard is not None:
+            known.append(guard)
+            parts.append(f"tl.where({guard}, 0, 0)")  # as many places as conditions
+        mask = f", mask={' & '.join(known)}, other=0" if known else ""
+        text = f"tl.load({' + '.join(parts)}{mask})"
+        if dtype == "bool":
+            text = f"({text} != 0)"
+        to = _LOADED[dtype]
+        return f"{text}.to({to})" if to else text
+
+
+def _both(guard: str | None, condition: str) -> str:
+    return condition if guard is None else f"({guard} & {condition})"
