@@ -2,8 +2,8 @@
 
 `q` is a column of positions, `k` a row of them, `b` and `h` are scalars, `S` and whatever else
 depends on both positions is a tile; `q_inside` and `k_inside` say which positions there are. Both
-branches of a choice are computed: what only one of them reads is loaded under its condition. Helper
-functions are those of functions.py.
+branches of a choice are computed: what only one of them reads is loaded under its condition. The
+last axis of an operand is contiguous. Helper functions are those of functions.py.
 """
 
 from __future__ import annotations
@@ -88,8 +88,11 @@ class Tile(Printer):
         parts = [f"operand{operand}_ptr"]
         for axis, place in enumerate(index):
             if place != 0:
-                text = self.wide(self.printed(place, guard))
-                parts.append(f"{text} * stride_operand{operand}_{axis}")
+                text = self.printed(place, guard)
+                inner = axis == len(index) - 1  # its stride is 1
+                parts.append(
+                    text if inner else f"{self.wide(text)} * stride_operand{operand}_{axis}"
+                )
         known = [f"{position}_inside" for position in (q, k) if load.has(position)]
         if guard is not None:
             known.append(guard)

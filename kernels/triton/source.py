@@ -1,8 +1,106 @@
-"""The Triton source of one kernel, from its spec."""
+"""The Triton source of one kernel: what its spec says, beside the templates that do the work."""
 
 from __future__ import annotations
 
+import re
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
+import sympy
+
+from adaattn_compiler.kernels.triton.expressions import Tile
+from adaattn_compiler.predicates import describe
+from adaattn_compiler.spec import AttentionSpec, EmptyRow
+
+_FOLDER = Path(__file__).parent
 # The functions that expressions call, with the imports of a generated module.
-FUNCTIONS = (Path(__file__).parent / "functions.py").read_text()
+FUNCTIONS = (_FOLDER / "functions.py").read_text()
+_FORWARD = (_FOLDER / "forward.py").read_text()
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What one module is generated for; dtypes: of the spec's operands, without "torch."."""
+
+    spec: AttentionSpec
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def params(self) -> list[str]:
+        """The names of the run-time numbers."""
+        return [f"p{i}" for i in range(self.spec.params)]
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of the arguments that operands are."""
+        return [
+            name
+            for i, operand in enumerate(self.spec.operands)
+            for name in (f"operand{i}_ptr", *operand_strides(i, operand.rank))
+        ]
+
+
+def operand_strides(operand: int, rank: int) -> list[str]:
+    """The names of an operand's strides, of which the last is 1."""
+    return [f"stride_operand{operand}_{axis}" for axis in range(rank - 1)]
+
+
+# What a row yields whose scores are all -inf; where that cannot be, they are too large for a float.
+EMPTY_ROWS = {
+    EmptyRow.IMPOSSIBLE: "nan",
+    EmptyRow.ZERO: "zero",
+    EmptyRow.NAN: "nan",
+    EmptyRow.UNIFORM: "uniform",
+}
+
+
+def forward_source(made_for: Configuration) -> str:
+    """A module with the kernel `fused_qk_softmax_av`. NoCode: an expression has no form."""
+    docstring, template = _parts(_FORWARD)
+    parts = (
+        _heading(made_for, docstring),
+        "import triton\nimport triton.language as tl",
+        _parts(FUNCTIONS)[1],
+        _generated(made_for),
+        template,
+    )
+    arguments = (*made_for.params, *made_for.operands)
+
+    def named(found: re.Match[str]) -> str:
+        return "".join(f",{found[1]}{name}" for name in arguments)
+
+    return re.sub(r",(\s+)OPERANDS\b", named, "\n\n\n".join(parts) + "\n")
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """The docstring of a file, and what follows its imports."""
+    _, docstring, code = text.split('"""', 2)
+    return docstring.strip(), code.split("import triton.language as tl\n", 1)[1].strip()
+
+
+def _heading(made_for: Configuration, docstring: str) -> str:
+    spec = made_for.spec
+    text = [
+        f"score: {spec.score}    mask: {describe(spec.mask)}    sink: {spec.sink}",
+        f"where S is {spec.scale!r} times the product of a query row q and a key row k, and",
+        "Load(i, ...) is the element of operand i at batch b, head h, query q, key k",
+    ]
+    lines = [line for part in text for line in textwrap.wrap(part, 96, break_long_words=False)]
+    return '"""Attention.\n\n' + "\n".join(lines) + "\n\n" + docstring + '\n"""'
+
+
+def _generated(made_for: Configuration) -> str:
+    spec, tile = made_for.spec, Tile(made_for.dtypes)
+    sink = -sympy.oo if spec.sink is None else spec.sink
+    functions = (
+        _function("score_of", "S, b, h, q, k, q_inside, k_inside", tile.printed(spec.score)),
+        _function("mask_of", "b, h, q, k, q_inside, k_inside", tile.printed(spec.mask)),
+        _function("sink_of", "b, h, q, q_inside", tile.printed(sink)),
+    )
+    return "\n\n\n".join(functions)
+
+
+def _function(name: str, arguments: str, body: str) -> str:
+    head = f"@triton.jit\ndef {name}({arguments}, M, N, OPERANDS):"
+    return f"{head}\n    return {body}"

@@ -8,23 +8,17 @@ import pytest
 import torch
 from forms import SQUARE
 from forms_as_triton import FIXED, GROUPS, operand_arguments, write_module
+from specs import SPECS, WINDOW
 
 from adaattn_compiler.kernels.printing import NoCode
+from adaattn_compiler.kernels.triton.compile import TYPES, Compiled, compiled_forward
 from adaattn_compiler.kernels.triton.expressions import Tile
-from adaattn_compiler.spec import Load, k
+from adaattn_compiler.kernels.triton.launch import Tiles
+from adaattn_compiler.kernels.triton.source import Configuration
+from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, S, h, k, q
 
-TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+# Bytes of shared memory that a program may have.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -41,7 +35,8 @@ def test_every_form_compiles(group: str, capability: int, tmp_path: Path) -> Non
         "p1": "i64",
     }
     for name, value in operand_arguments():
-        signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[name] = f"*{TYPES[str(value.dtype)[6:]]}" if is_tensor else "i32"
     sizes = {"SQUARE": SQUARE, "BLOCK": 16}
     signature |= dict.fromkeys(sizes, "constexpr")
     source = ASTSource(getattr(module, group), signature, constexprs=sizes)
@@ -53,3 +48,46 @@ def test_every_form_compiles(group: str, capability: int, tmp_path: Path) -> Non
 def test_operand_without_a_form_is_refused() -> None:
     with pytest.raises(NoCode, match=r"no Triton type for torch\.uint16"):
         Tile(["uint16"]).printed(Load(0, k))
+
+
+def assert_good_code(compiled: Compiled, capability: int) -> None:
+    assert compiled.spills == 0
+    assert compiled.shared_memory <= SHARED[capability]
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in compiled.ptx
+
+
+# Tiles that public kernels of this kind take, and as many stages.
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "tiles"),
+    [
+        (80, 64, Tiles(128, 64, 4, 3)),
+        (80, 128, Tiles(128, 64, 8, 2)),
+        (90, 64, Tiles(128, 128, 8, 3)),
+        (90, 128, Tiles(128, 64, 8, 3)),
+        (90, 128, Tiles(128, 128, 8, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tiles_of_public_kernels_fit(
+    capability: int, head_dim: int, tiles: Tiles, dtype: str
+) -> None:
+    pytest.importorskip("triton")
+    causal = Configuration(SPECS["causal"][0])
+    compiled = compiled_forward(causal, dtype, (head_dim, head_dim), tiles, capability)
+    assert_good_code(compiled, capability)
+
+
+ALIBI = AttentionSpec(0.125, S + (k - q) * Load(0, h), WINDOW, operands=(OperandSpec("float", 1),))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", [*SPECS, "alibi in a window"])
+def test_feature_compiles_without_spills(name: str, capability: int) -> None:
+    pytest.importorskip("triton")
+    spec = ALIBI if name == "alibi in a window" else SPECS[name][0]
+    usual = {"bool": "bool", "int": "int64", "float": "float32"}
+    made_for = Configuration(spec, tuple(usual[operand.kind] for operand in spec.operands))
+    tiles = Tiles(128, 64, 8, 2)
+    compiled = compiled_forward(made_for, "bfloat16", (128, 128), tiles, capability)
+    assert_good_code(compiled, capability)

@@ -11,7 +11,7 @@ import torch
 from forms import CONDITIONS, FORMS, TABLES, operands
 
 from adaattn_compiler.kernels.triton.expressions import Tile
-from adaattn_compiler.kernels.triton.source import FUNCTIONS
+from adaattn_compiler.kernels.triton.source import FUNCTIONS, operand_strides
 
 GROUPS: dict[str, dict[str, Any]] = {
     "elements": {name: form for name, form in FORMS.items() if name not in TABLES},
@@ -30,7 +30,7 @@ def operand_arguments() -> list[tuple[str, torch.Tensor | int]]:
     found: list[tuple[str, torch.Tensor | int]] = []
     for i, tensor in enumerate(operands()):
         found.append((f"operand{i}_ptr", tensor))
-        found += [(f"stride_operand{i}_{axis}", step) for axis, step in enumerate(tensor.stride())]
+        found += zip(operand_strides(i, tensor.dim()), tensor.stride(), strict=False)
     return found
 
 

@@ -1,0 +1,110 @@
+"""The generated Triton kernel, forward, in Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sympy
+import torch
+from check import assert_as_accurate
+from specs import SPECS, oracle, problem_of, random_inputs
+
+from adaattn_compiler.kernels.blocks import block_structure
+from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
+from adaattn_compiler.kernels.problem import Problem
+from adaattn_compiler.kernels.reference import reference_attention
+from adaattn_compiler.kernels.triton.launch import Tiles, forward
+from adaattn_compiler.kernels.triton.source import Configuration
+from adaattn_compiler.kernels.triton.tables import block_table
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, k
+
+SMALL = Tiles(32, 16)
+
+
+def through(problem: Problem, tiles: Tiles = SMALL, seed: int = 0) -> torch.Tensor:
+    tensors, operands = random_inputs(problem, seed)
+    dtypes = tuple(str(o.dtype).removeprefix("torch.") for o in operands)
+    made_for = Configuration(problem.spec, dtypes)
+    return forward(made_for, *tensors, operands, problem.param_hints, tiles=tiles)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_feature_is_as_accurate_as_eager(name: str, dtype: torch.dtype) -> None:
+    problem = problem_of(name, dtype)
+    assert_as_accurate(through(problem), oracle(problem, dtype), oracle(problem, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "rows", "columns"),
+    [(16, 16, 1, 1), (40, 24, 33, 65), (72, 128, 31, 64), (128, 16, 1, 130), (33, 7, 70, 3)],
+)
+def test_any_dimensions_and_lengths_are_right(
+    head_dim: int, value_dim: int, rows: int, columns: int
+) -> None:
+    problem = problem_of("last rows", rows=rows, columns=columns)
+    shape = dataclasses.replace(problem.shape, head_dim=head_dim, value_dim=value_dim)
+    # Rows before the first key have none.
+    spec = dataclasses.replace(problem.spec, empty_row=EmptyRow.ZERO)
+    problem = dataclasses.replace(problem, shape=shape, spec=spec)
+    exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
+    assert_as_accurate(through(problem), eager, exact)
+
+
+@pytest.mark.parametrize("empty", [(0, 90), (90, 0)])
+def test_nothing_is_nothing(empty: tuple[int, int]) -> None:
+    problem = problem_of("sink of masked rows", rows=empty[0], columns=empty[1])
+    assert torch.equal(through(problem), oracle(problem, torch.float32))
+
+
+def test_full_blocks_that_do_not_follow_each_other() -> None:
+    # The first keys, and every other chunk.
+    chunks = sympy.Eq(sympy.Mod(sympy.floor(k / 32), 2), 0)
+    spec = AttentionSpec(0.3, mask=sympy.Or(chunks, sympy.Lt(k, 40)))
+    problem = dataclasses.replace(problem_of("plain", columns=150), spec=spec)
+    table = block_table(block_structure(spec.mask, 90, 150, 32, 16), ragged=True)
+    assert not table.full_run
+    exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
+    assert_as_accurate(through(problem), eager, exact)
+
+
+@pytest.mark.parametrize("name", ["causal", "sink", "sink of masked rows", "causal padding nan"])
+def test_log_sum_exp_is_that_of_the_scores(name: str) -> None:
+    problem = problem_of(name)
+    tensors, operands = random_inputs(problem)
+    dtypes = tuple(str(o.dtype).removeprefix("torch.") for o in operands)
+    lse = torch.empty(2, 4, 90)
+    forward(Configuration(problem.spec, dtypes), *tensors, operands, tiles=SMALL, lse=lse)
+    q_BHMD, k_BGND = (tensor.double() for tensor in tensors[:2])
+    k_BHND = k_BGND.repeat_interleave(problem.spec.group, 1)
+    scores = problem.spec.scale * q_BHMD @ k_BHND.mT
+    values = positions((problem.spec.mask,), scores, (2, 4, 90, 90))
+    keep = evaluate_dense(problem.spec.mask, values, operands, ())
+    scores = scores.masked_fill(~keep, float("-inf"))
+    if problem.spec.sink is not None:
+        scores = torch.cat([scores, operands[0].double()[:, None, None].expand(2, 4, 90, 1)], -1)
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-5)
+
+
+def test_strided_inputs_are_read_where_they_lie() -> None:
+    problem = problem_of("gqa")
+    tensors, _ = random_inputs(problem)
+    q, k_, v = (torch.cat([t, t], -1).repeat_interleave(2, 2)[:, :, ::2, :16] for t in tensors)
+    ours = forward(Configuration(problem.spec), q, k_, v, [], tiles=SMALL)
+    assert torch.equal(ours, through(problem))
+    one_row = k_[:, :, :1].expand(k_.shape)
+    same = forward(Configuration(problem.spec), q, one_row.contiguous(), v, [], tiles=SMALL)
+    assert torch.equal(forward(Configuration(problem.spec), q, one_row, v, [], tiles=SMALL), same)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_comes_through(where: str) -> None:
+    problem = problem_of("causal")
+    tensors, _ = random_inputs(problem)
+    tensors["qkv".index(where)][0, 1, 20] = float("nan")
+    ours = forward(Configuration(problem.spec), *tensors, [], tiles=SMALL)
+    eager = reference_attention(*tensors, [], (), problem.spec)
+    rows_of_nan = eager.isnan().any(-1)
+    assert rows_of_nan.any()
+    assert torch.equal(ours.isnan().any(-1), rows_of_nan)
