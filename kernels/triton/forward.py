@@ -5,8 +5,9 @@ For each query row, over the keys in blocks, with the running maximum m_i, sum l
     score = score_of(scale * q k^T)        m = max(m_i, max(score))
     acc   = acc * exp(m_i - m) + exp(score - m) v        l_i likewise        out = acc / l_i
 
-Blocks wholly inside the mask come first and are not masked; those that it cuts follow. Scores are
-natural; exponentials are of base 2.
+Blocks wholly inside the mask come first and are not masked; those that it cuts follow. Exponentials
+are of base 2: exp(x) = exp2(UNIT * x). Where the score is S itself, that factor is in SCALE, and
+UNIT is 1; elsewhere differences are taken first, so that what is near the largest float stays finite.
 
 Grid: (blocks of rows, B * H). q_BHMD, k_BGND, v_BGNE and out_BHME lie with their last axis
 contiguous. Source: Dao et al., "FlashAttention-2", 2023, algorithm 1; Milakov and Gimelshein,
@@ -50,6 +51,7 @@ def visit_block(
     OPERANDS,
     CUT: tl.constexpr,
     SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -71,8 +73,8 @@ def visit_block(
     m_new = tl.maximum(m_i, tl.max(score, 1))
     # Where a row has seen no key yet, -inf beside -inf would be NaN.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2((score - m_safe[:, None]) * LOG2_E)
-    alpha = tl.exp2((m_i - m_safe) * LOG2_E)
+    p = tl.exp2((score - m_safe[:, None]) * UNIT)
+    alpha = tl.exp2((m_i - m_safe) * UNIT)
     l_i = l_i * alpha + tl.sum(p, 1)
     v_tile = load_rows(v_ptr, offs_n, stride_vn, inside, VALUE_DIM, BLOCK_E)
     acc = acc * alpha[:, None]
@@ -81,12 +83,13 @@ def visit_block(
 
 
 @triton.jit
-def with_sink(acc, l_i, m_i, sink):
+def with_sink(acc, l_i, m_i, logit, UNIT: tl.constexpr):
     """A logit that takes its share of each row's weights, and has no value."""
+    sink = logit * (LOG2_E / UNIT)
     m_new = tl.maximum(m_i, sink)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2((m_i - m_safe) * LOG2_E)
-    l_i = l_i * alpha + tl.exp2((sink - m_safe) * LOG2_E)
+    alpha = tl.exp2((m_i - m_safe) * UNIT)
+    l_i = l_i * alpha + tl.exp2((sink - m_safe) * UNIT)
     return acc * alpha[:, None], l_i, m_new
 
 
@@ -131,6 +134,7 @@ def fused_qk_softmax_av(
     N,
     OPERANDS,
     SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -168,7 +172,7 @@ def fused_qk_softmax_av(
         acc, l_i, m_i = visit_block(
             acc, l_i, m_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn, block * BLOCK_N,
             b, h, offs_m, M, N, OPERANDS,
-            False, SCALE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
+            False, SCALE, UNIT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on
     cut_first, cut_count = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
@@ -178,12 +182,12 @@ def fused_qk_softmax_av(
         acc, l_i, m_i = visit_block(
             acc, l_i, m_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn, block * BLOCK_N,
             b, h, offs_m, M, N, OPERANDS,
-            True, SCALE, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
+            True, SCALE, UNIT, PRECISION, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on
     if HAS_SINK:
         sink = sink_of(b, h, offs_m, rows_inside, M, N, OPERANDS)
-        acc, l_i, m_i = with_sink(acc, l_i, m_i, tl.cast(sink, tl.float32))
+        acc, l_i, m_i = with_sink(acc, l_i, m_i, tl.cast(sink, tl.float32), UNIT)
 
     empty = (m_i == float("-inf"))[:, None]
     out = acc / l_i[:, None]
@@ -200,4 +204,4 @@ def fused_qk_softmax_av(
     tl.store(places, out.to(out_ptr.dtype.element_ty), mask=inside)
     if HAS_LSE:
         place = (batch * H + head) * M + offs_m
-        tl.store(lse_ptr + place, m_i + tl.log2(l_i) / LOG2_E, mask=rows_inside)
+        tl.store(lse_ptr + place, (m_i * UNIT + tl.log2(l_i)) / LOG2_E, mask=rows_inside)

@@ -19,7 +19,9 @@ from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.through_op import with_unit_stride
 from adaattn_compiler.kernels.triton.source import EMPTY_ROWS, Configuration, forward_source
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
-from adaattn_compiler.spec import AttentionSpec
+from adaattn_compiler.spec import AttentionSpec, S
+
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ def constants(
     full_run: bool,
 ) -> dict[str, Any]:
     """What the forward kernel is specialized for."""
+    plain = spec.score == S
     return {
-        "SCALE": spec.scale,
+        "SCALE": spec.scale * _LOG2_E if plain else spec.scale,
+        "UNIT": 1.0 if plain else _LOG2_E,
         "GROUP": spec.group,
         "HEAD_DIM": dims[0],
         "VALUE_DIM": dims[1],

@@ -29,8 +29,14 @@ def through(problem: Problem, tiles: Tiles = SMALL, seed: int = 0) -> torch.Tens
     return forward(made_for, *tensors, operands, problem.param_hints, tiles=tiles)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in SPECS),
+        *((name, torch.float16) for name in ("gqa", "alibi", "sink", "causal padding uniform")),
+    ],
+    ids=str,
+)
 def test_feature_is_as_accurate_as_eager(name: str, dtype: torch.dtype) -> None:
     problem = problem_of(name, dtype)
     assert_as_accurate(through(problem), oracle(problem, dtype), oracle(problem, torch.float64))
