@@ -7,7 +7,8 @@ For each query row, over the keys in blocks, with the running maximum m_i, sum l
 
 Blocks wholly inside the mask come first and are not masked; those that it cuts follow. Exponentials
 are of base 2: exp(x) = exp2(UNIT * x). Where the score is S itself, that factor is in SCALE, and
-UNIT is 1; elsewhere differences are taken first, so that what is near the largest float stays finite.
+UNIT is 1; elsewhere differences are taken first, so that what is near the largest float stays
+finite.
 
 Grid: (blocks of rows, B * H). q_BHMD, k_BGND, v_BGNE and out_BHME lie with their last axis
 contiguous. Source: Dao et al., "FlashAttention-2", 2023, algorithm 1; Milakov and Gimelshein,
