@@ -39,10 +39,8 @@ def attention(
     """Attention of q [B,H,M,D], k [B,G,N,D] and v [B,G,N,E] as a plan says: [B,H,M,E].
 
     operands and params are those of the plan's spec. Returns memory laid out as [B,M,H,E].
-    Raises ValueError for text that is no plan, RuntimeError where a gradient is asked for.
+    Raises ValueError for text that is no plan. Has no gradient: see _without_gradient.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *operands)):
-        raise RuntimeError("adaattn::attention has no gradient; call it under torch.no_grad()")
     runner = _RUNNERS[_kernel_of(plan)](plan)
     finite = runner.carries_nan or all_finite(q, k, v)
     if not (finite and q.numel() and k.numel() and v.numel()):
@@ -81,4 +79,27 @@ def _fake_attention(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
+def _without_gradient(
+    keys: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    plan: str,
+) -> torch.Tensor:
+    """RuntimeError where a gradient is asked for: without this it would be none, with a warning."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *operands)):
+        raise RuntimeError("adaattn::attention has no gradient; call it under torch.no_grad()")
+    with torch._C._AutoDispatchBelowAutograd():
+        result: torch.Tensor = _OP.redispatch(
+            keys & torch._C._after_autograd_keyset, q, k, v, operands, params, plan
+        )
+    return result
+
+
+# Private torch, checked with 2.11 and 2.13: redispatch below autograd (2.11: by reading).
+_OP = torch.ops.adaattn.attention.default
 torch.library.register_fake("adaattn::attention", _fake_attention)
+_LIBRARY = torch.library.Library("adaattn", "FRAGMENT")
+_LIBRARY.impl("attention", _without_gradient, "Autograd", with_keyset=True)

@@ -279,7 +279,7 @@ struct Shares {
     for (int64_t group = 0; group < all_groups; ++group)
       if (length_of(call, group) > longest) longest = length_of(call, group);
     // Two for each thread, that none waits long for another.
-    const int64_t wanted = (2 * call.threads + all_groups - 1) / all_groups;
+    const int64_t wanted = all_groups ? (2 * call.threads + all_groups - 1) / all_groups : 0;
     const int64_t most = longest / kLeastShare > 1 ? longest / kLeastShare : 1;
     shares = wanted < most ? wanted : most;
   }

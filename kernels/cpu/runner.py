@@ -243,6 +243,8 @@ class CppRunner:
         head_dim, value_dim = self.made_for.head_dim, self.made_for.value_dim
         batch, heads, rows = q_BHMD.shape[:3]
         group, columns = heads // self.spec.group, k_BGND.shape[2]
+        if heads % self.spec.group:
+            raise ValueError(f"{heads} query heads in groups of {self.spec.group}")
         wanted = (
             ("q", q_BHMD, (batch, heads, rows, head_dim)),
             ("k", k_BGND, (batch, group, columns, head_dim)),

@@ -678,3 +678,16 @@ def test_anything_together_is_right(
         ours = given.through(runner_of(spec, dims, dtype))
         said = dataclasses.replace(inputs, operands=(*operands, mask.dense(rows, columns)))
         assert_right(ours, said, dense)
+
+
+def test_heads_that_make_no_groups_are_refused() -> None:
+    runner, inputs = runner_of(PLAIN), random_inputs(3, 70, PLAIN)
+    five = torch.cat([inputs.q, inputs.q[:, :1]], 1)
+    with pytest.raises(ValueError, match="5 query heads in groups of 2"):
+        runner(five, inputs.k, inputs.v, (), ())
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_empty_batch_is_empty(rows: int) -> None:
+    inputs = random_inputs(rows, 70, PLAIN, batch=0)
+    assert inputs.through(runner_of(PLAIN)).shape == (0, HEADS, rows, 64)

@@ -136,6 +136,10 @@ def test_a_gradient_is_refused_by_the_op_without_one() -> None:
     tensors[2].requires_grad_()
     with pytest.raises(RuntimeError, match="has no gradient"):
         torch.ops.adaattn.attention(*tensors, [], [], plan)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.func.grad(lambda v: torch.ops.adaattn.attention(*tensors[:2], v, [], [], plan).sum())(
+            tensors[2].detach()
+        )
     with torch.no_grad():
         assert torch.ops.adaattn.attention(*tensors, [], [], plan).isfinite().all()
 
