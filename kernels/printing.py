@@ -191,6 +191,16 @@ def nested(function: str) -> Form:
     return form
 
 
+# Of functions that are called alike wherever they are not part of the language.
+SHARED_FORMS: Mapping[Any, Form] = {
+    sympy.Mul: joined("*"),
+    sympy.And: joined("&"),
+    sympy.Or: joined("|"),
+    sympy.Mod: lambda parts: f"modulo({parts[0]}, {parts[1]})",
+    sympy.Max: nested("maximum"),
+    sympy.Min: nested("minimum"),
+}
+
 _RELATIONS = {
     sympy.Ge: ">=",
     sympy.Gt: ">",

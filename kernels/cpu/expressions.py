@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import sympy
 
-from adaattn_compiler.kernels.printing import Form, NoCode, Printer, joined, nested
+from adaattn_compiler.kernels.printing import SHARED_FORMS, Form, NoCode, Printer
 from adaattn_compiler.spec import Load, M, N, Where, k, param
 
 
@@ -53,14 +53,9 @@ class Row(Printer):
 
     language: ClassVar[str] = "C++"
     forms: ClassVar[Mapping[Any, Form]] = {
-        sympy.Mul: joined("*"),
-        sympy.And: joined("&"),
-        sympy.Or: joined("|"),
+        **SHARED_FORMS,
         sympy.Not: lambda parts: f"!{parts[0]}",
         sympy.Abs: lambda parts: f"magnitude({parts[0]})",
-        sympy.Mod: lambda parts: f"modulo({parts[0]}, {parts[1]})",
-        sympy.Max: nested("maximum"),
-        sympy.Min: nested("minimum"),
         sympy.tanh: lambda parts: f"tanh_of({parts[0]})",
     }
 

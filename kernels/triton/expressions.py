@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import sympy
 
-from adaattn_compiler.kernels.printing import Form, NoCode, Printer, joined, nested
+from adaattn_compiler.kernels.printing import SHARED_FORMS, Form, NoCode, Printer
 from adaattn_compiler.spec import Load, Where, k, q
 
 # What an element becomes when it is loaded, by the name that its torch dtype has without "torch.".
@@ -41,14 +41,9 @@ class Tile(Printer):
 
     language: ClassVar[str] = "Triton"
     forms: ClassVar[Mapping[Any, Form]] = {
-        sympy.Mul: joined("*"),
-        sympy.And: joined("&"),
-        sympy.Or: joined("|"),
+        **SHARED_FORMS,
         sympy.Not: lambda parts: f"(~{parts[0]})",
         sympy.Abs: lambda parts: f"tl.abs({parts[0]})",
-        sympy.Mod: lambda parts: f"modulo({parts[0]}, {parts[1]})",
-        sympy.Max: nested("maximum"),
-        sympy.Min: nested("minimum"),
         sympy.tanh: lambda parts: f"tanh({parts[0]})",
     }
 

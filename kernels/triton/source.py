@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import textwrap
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ EMPTY_ROWS = {
 }
 
 
+@functools.cache
 def forward_source(made_for: Configuration) -> str:
     """A module with the kernel `fused_qk_softmax_av`. NoCode: an expression has no form."""
     docstring, template = _parts(_FORWARD)
