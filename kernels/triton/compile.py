@@ -59,10 +59,13 @@ def compiled_forward(
     from triton.compiler import ASTSource
 
     kernel = loaded(forward_source(made_for)).fused_qk_softmax_av
-    fixed = constants(made_for.spec, dims, tiles, precision, has_lse=True, full_run=True)
+    fixed = constants(
+        made_for.spec, dims, tiles, precision, has_lse=True, has_statistics=True, full_run=True
+    )
     pointers = {
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
-        **{"lse_ptr": "float32", "table_ptr": "int32", "blocks_ptr": "int32"},
+        **dict.fromkeys(("lse_ptr", "statistics_ptr"), "float32"),
+        **dict.fromkeys(("table_ptr", "blocks_ptr"), "int32"),
         **{f"operand{i}_ptr": name for i, name in enumerate(made_for.dtypes)},
     }
     signature, aligned = {}, {}

@@ -114,6 +114,7 @@ def fused_qk_softmax_av(
     v_ptr,  # [B,G,N,E]
     out_ptr,  # [B,H,M,E]
     lse_ptr,  # float32 [B,H,M], where HAS_LSE
+    statistics_ptr,  # float32 [B,H,M,2], m_i and l_i, where HAS_STATISTICS
     table_ptr,  # int32 [B|1,H|1, blocks of rows, 4], see tables.py
     blocks_ptr,  # int32, likewise
     stride_qb,
@@ -142,6 +143,7 @@ def fused_qk_softmax_av(
     HAS_SINK: tl.constexpr,
     EMPTY_ROW: tl.constexpr,  # "nan", "zero" or "uniform"
     HAS_LSE: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32
     FULL_RUN: tl.constexpr,  # full blocks follow each other
     BLOCK_M: tl.constexpr,
@@ -203,6 +205,9 @@ def fused_qk_softmax_av(
     places = out_ptr + offs_m[:, None].to(tl.int64) * stride_om + offs_e[None, :]
     inside = rows_inside[:, None] & (offs_e < VALUE_DIM)[None, :]
     tl.store(places, out.to(out_ptr.dtype.element_ty), mask=inside)
+    row = (batch * H + head) * M + offs_m
     if HAS_LSE:
-        place = (batch * H + head) * M + offs_m
-        tl.store(lse_ptr + place, (m_i * UNIT + tl.log2(l_i)) / LOG2_E, mask=rows_inside)
+        tl.store(lse_ptr + row, (m_i * UNIT + tl.log2(l_i)) / LOG2_E, mask=rows_inside)
+    if HAS_STATISTICS:
+        tl.store(statistics_ptr + 2 * row, m_i, mask=rows_inside)
+        tl.store(statistics_ptr + 2 * row + 1, l_i, mask=rows_inside)

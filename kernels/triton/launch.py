@@ -45,12 +45,15 @@ def forward(
     tiles: Tiles = Tiles(),
     precision: str = "ieee",
     lse: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
     table: BlockTable | None = None,
 ) -> torch.Tensor:
     """[B,H,M,E], laid out as [B,M,H,E].
 
-    precision: of products of float32 ("ieee", "tf32x3"). lse: float32 [B,H,M], contiguous, to be
-    written. table: other blocks than those of the spec's mask, for tiles of the same size.
+    precision: of products of float32 ("ieee", "tf32x3"). Written where they are given, contiguous
+    and float32: lse [B,H,M]; statistics [B,H,M,2], the largest score of each row, in the kernel's
+    units, and the sum of its weights, from which the backward pass starts. table: other blocks than
+    those of the spec's mask, for tiles of the same size.
     """
     spec = made_for.spec
     batch, heads, rows, head_dim = q_BHMD.shape
@@ -63,13 +66,14 @@ def forward(
             block_structure(spec.mask, *sizes, params), ragged=columns % tiles.keys != 0
         )
     shared = table.table.to(q_BHMD.device)
-    module = loaded(forward_source(made_for))
-    module.fused_qk_softmax_av[(-(-rows // tiles.rows), batch * heads)](
+    kernel = launchable(loaded(forward_source(made_for)).fused_qk_softmax_av)
+    kernel[(-(-rows // tiles.rows), batch * heads)](
         q_BHMD,
         k_BGND,
         v_BGNE,
         out,
         lse,
+        statistics,
         shared,
         table.blocks.to(q_BHMD.device),
         *q_BHMD.stride()[:3],
@@ -88,6 +92,7 @@ def forward(
             tiles,
             precision,
             has_lse=lse is not None,
+            has_statistics=statistics is not None,
             full_run=table.full_run,
         ),
         num_warps=tiles.warps,
@@ -103,6 +108,7 @@ def constants(
     precision: str,
     *,
     has_lse: bool,
+    has_statistics: bool,
     full_run: bool,
 ) -> dict[str, Any]:
     """What the forward kernel is specialized for."""
@@ -116,6 +122,7 @@ def constants(
         "HAS_SINK": spec.sink is not None,
         "EMPTY_ROW": EMPTY_ROWS[spec.empty_row],
         "HAS_LSE": has_lse,
+        "HAS_STATISTICS": has_statistics,
         "PRECISION": precision,
         "FULL_RUN": full_run,
         "BLOCK_M": tiles.rows,
@@ -128,6 +135,13 @@ def constants(
 def _power_of_two(size: int) -> int:
     """The least that holds a size, and that tensor cores take."""
     return max(1 << (size - 1).bit_length(), 16)
+
+
+def launchable(kernel: Any) -> Any:
+    """A kernel whose launches torch's tracing sees; as it is where Triton interprets it."""
+    from triton.runtime.jit import JITFunction
+
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 @functools.cache
