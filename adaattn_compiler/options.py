@@ -17,7 +17,7 @@ from typing import Any
 
 log = logging.getLogger("adaattn_compiler")
 
-_KNOWN_KERNELS = ("sdpa", "strips", "flex", "cpp")
+_KNOWN_KERNELS = ("sdpa", "strips", "flex", "cpp", "triton", "cudnn", "flash", "efficient")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,16 @@ def cpu_target(cores: int) -> DeviceTarget:
     )
 
 
+def target_of(name: str, capability: tuple[int, int]) -> DeviceTarget:
+    """The target of a device that is there; of one that has no sheet here, the nearest's rates."""
+    for target in sorted(_ALL, key=lambda target: len(target.name), reverse=True):
+        if target.name.casefold() in name.casefold():
+            return target
+    older = [t for t in _ALL if t.capability is not None and t.capability <= capability]
+    nearest = max(older or _ALL[:1], key=lambda target: target.capability or (0, 0))
+    return replace(nearest, name=name, capability=capability)
+
+
 def target_named(name: str) -> DeviceTarget:
     """By the device's name, or as "sm_90": the first of that capability. ValueError for others."""
     wanted = name.strip().casefold()

@@ -21,12 +21,16 @@ import torch
 
 from adaattn_compiler.kernels import ops
 from adaattn_compiler.kernels.cpu.kernel import CppKernel
+from adaattn_compiler.kernels.device import is_present, target_here
 from adaattn_compiler.kernels.flex import FlexKernel
 from adaattn_compiler.kernels.measure import first_line, measured, warn_once
 from adaattn_compiler.kernels.problem import Kernel, Problem
 from adaattn_compiler.kernels.sdpa import SdpaKernel
 from adaattn_compiler.kernels.strips import StripsKernel
 from adaattn_compiler.kernels.table import MeasurementTable
+from adaattn_compiler.kernels.torch_backends import TORCH_BACKENDS
+from adaattn_compiler.kernels.triton.kernel import TritonKernel
+from adaattn_compiler.kernels.triton.op import triton_attention
 from adaattn_compiler.options import Options
 from adaattn_compiler.spec import Refusal
 
@@ -45,8 +49,8 @@ _SMALL = 3.0e7
 _OPERATIONS_A_SECOND, _FAR = 1e11, 10.0
 _LEAST_BY_WAITING, _MOST_BY_WAITING = 1e-3, 5e-2
 
-# The op must be registered wherever a kernel may be chosen.
-OP = ops.attention
+# The ops must be registered wherever a kernel may be chosen.
+OPS = (ops.attention, triton_attention)
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,16 @@ class Choice:
     times: tuple[tuple[str, float], ...] = ()
 
 
-def kernels() -> tuple[Kernel, ...]:
-    """Every kernel there is."""
-    return (SdpaKernel(), StripsKernel(), FlexKernel(), CppKernel())
+# Tiles of the generated Triton kernel that compete with each other.
+_TRITON_VARIANTS = 3
+
+
+def kernels(device: str = "cpu") -> tuple[Kernel, ...]:
+    """Every kernel there is for a type of device."""
+    if device != "cuda":
+        return (SdpaKernel(), StripsKernel(), FlexKernel(), CppKernel())
+    ours = (TritonKernel(target_here(), variant) for variant in range(_TRITON_VARIANTS))
+    return (SdpaKernel(), *TORCH_BACKENDS, *ours)
 
 
 def prepare(problem: Problem, options: Options) -> None:
@@ -73,7 +84,7 @@ def prepare(problem: Problem, options: Options) -> None:
 def choose(problem: Problem, options: Options) -> Choice:
     """The best kernel for a problem; Refusal, with each kernel's reason, where none can take it."""
     candidates = _candidates(problem, options)
-    if len(candidates.kernels) == 1 or not options.measure:
+    if len(candidates.kernels) == 1 or not _measures(problem, options):
         return _built([*candidates.kernels, *candidates.others], problem, candidates.why)
     return _fastest(candidates, problem, options)
 
@@ -116,19 +127,27 @@ def _able(problem: Problem, options: Options) -> tuple[list[Kernel], list[str]]:
     """The kernels that can take a problem, and why each of the others cannot."""
     reasons: list[str] = []
     able: list[Kernel] = []
-    for kernel in kernels():
-        reason = (
-            kernel.refusal(problem)
-            if kernel.name in options.kernels
-            else "not allowed by the options"
-        )
+    for kernel in kernels(problem.device):
+        reason = _refusal(kernel, problem, options)
         if reason is None:
             able.append(kernel)
         else:
-            reasons.append(f"{kernel.name}: {reason}")
+            reasons.append(f"{kernel.label}: {reason}")
     if not able:
         raise Refusal("no kernel can take it (" + "; ".join(reasons) + ")")
     return able, reasons
+
+
+def _refusal(kernel: Kernel, problem: Problem, options: Options) -> str | None:
+    if kernel.name not in options.kernels:
+        return "not allowed by the options"
+    if kernel.only_measured and not _measures(problem, options):
+        return "chosen by measurement only"
+    return kernel.refusal(problem)
+
+
+def _measures(problem: Problem, options: Options) -> bool:
+    return options.measure and is_present(problem.device)
 
 
 def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:
@@ -138,9 +157,9 @@ def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:
         try:
             kernel.build(problem)
         except Exception as error:
-            warn_once(f"kernel {kernel.name} could not be built: {first_line(error)}")
+            warn_once(f"kernel {kernel.label} could not be built: {first_line(error)}")
             log.debug("where it failed", exc_info=True)
-            failures.append(f"{kernel.name} could not be built: {first_line(error)}")
+            failures.append(f"{kernel.label} could not be built: {first_line(error)}")
             continue
         return Choice(kernel, why if not failures else "; ".join(failures))
     raise Refusal("; ".join(failures))
@@ -148,7 +167,7 @@ def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:
 
 def _fastest(candidates: _Candidates, problem: Problem, options: Options) -> Choice:
     near = candidates.kernels
-    table = MeasurementTable(options.cache_dir)
+    table = MeasurementTable(options.cache_dir, problem.device)
     key = _key(near, problem)
     times = table.get(key)
     if times is None:
@@ -161,7 +180,7 @@ def _fastest(candidates: _Candidates, problem: Problem, options: Options) -> Cho
             table.put(key, times)
     if not times:
         return _built([*near, *candidates.others], problem, candidates.why)
-    order = sorted(near, key=lambda kernel: times.get(kernel.name, float("inf")))
+    order = sorted(near, key=lambda kernel: times.get(kernel.label, float("inf")))
     others = ", ".join(
         f"{name} {1e3 * t:.2f} ms" for name, t in sorted(times.items(), key=lambda i: i[1])
     )
@@ -176,7 +195,7 @@ def _is_disturbed(times: Mapping[str, float], near: Sequence[Kernel], problem: P
     Where every core is busy a parallel region ends when the system next lets its last thread run,
     some milliseconds later: steadily, so that rounds do not differ.
     """
-    if not times:
+    if not times or problem.device != "cpu":
         return False
     work = min(kernel.cost(problem) for kernel in near)
     expected = work / (_OPERATIONS_A_SECOND * torch.get_num_threads())
@@ -190,7 +209,7 @@ def _key(near: list[Kernel], problem: Problem) -> str:
         *(1 << max(hint - 1, 0).bit_length() for hint in shape.hints),
         *(shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim),
     )
-    names = sorted(kernel.name for kernel in near)
+    names = sorted(kernel.label for kernel in near)
     how = (str(problem.dtype), problem.device, problem.requires_grad)
     text = repr((problem.spec.key(), sizes, how, names))
     return hashlib.sha256(text.encode()).hexdigest()[:24]

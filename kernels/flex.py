@@ -48,6 +48,8 @@ class FlexKernel:
     """See the module's docstring."""
 
     name: str = "flex"
+    label: str = "flex"
+    only_measured: bool = False
     seconds_to_build: float = 8.0
 
     def refusal(self, problem: Problem) -> str | None:

@@ -104,6 +104,14 @@ class Kernel(Protocol):
         """As `explain` shows it and options name it."""
 
     @property
+    def label(self) -> str:
+        """The name, told apart from others of that name that take part beside it."""
+
+    @property
+    def only_measured(self) -> bool:
+        """Whether only running it tells if it can: it is not chosen by estimate."""
+
+    @property
     def seconds_to_build(self) -> float:
         """About how long building it takes; 0 where nothing has to be compiled."""
 

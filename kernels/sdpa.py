@@ -37,6 +37,8 @@ class SdpaKernel:
     """See the module's docstring."""
 
     name: str = "sdpa"
+    label: str = "sdpa"
+    only_measured: bool = False
     seconds_to_build: float = 0.0
 
     def refusal(self, problem: Problem) -> str | None:

@@ -49,6 +49,8 @@ class StripsKernel:
     """See the module's docstring."""
 
     name: str = "strips"
+    label: str = "strips"
+    only_measured: bool = False
     seconds_to_build: float = 0.0
 
     def refusal(self, problem: Problem) -> str | None:

@@ -18,14 +18,16 @@ from pathlib import Path
 
 import torch
 
+from adaattn_compiler.kernels.device import facts_of_device
+
 log = logging.getLogger("adaattn_compiler")
 
 
 class MeasurementTable:
     """Times of kernels by name, in seconds, for each key."""
 
-    def __init__(self, cache_dir: Path) -> None:
-        self._folder = cache_dir.expanduser() / "measured" / machine()
+    def __init__(self, cache_dir: Path, device: str = "cpu") -> None:
+        self._folder = cache_dir.expanduser() / "measured" / machine(device)
 
     def get(self, key: str) -> dict[str, float] | None:
         """The times under a key; None where there are none that can be read."""
@@ -59,7 +61,7 @@ def _warn_once(folder: str, error: str) -> None:
     )
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """A short name for what measurements depend on beside the problem."""
     facts = (
         torch.__version__,
@@ -68,6 +70,7 @@ def machine() -> str:
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),
         str(torch.backends.mkl.is_available()),
+        *(facts_of_device() if device == "cuda" else ()),
     )
     return hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
 

@@ -15,9 +15,14 @@ from adaattn_compiler.spec import AttentionSpec, EmptyRow
 
 def op_refusal(problem: Problem) -> str | None:
     """Why the op cannot take a problem, whatever kernel is behind it; None where it can."""
-    spec = problem.spec
     if problem.device != "cpu":
         return "only on the CPU"
+    return code_refusal(problem)
+
+
+def code_refusal(problem: Problem) -> str | None:
+    """Why a problem's expressions are no code, in any language; None where they can be."""
+    spec = problem.spec
     if any(isinstance(hint, float) for hint in problem.param_hints):
         return "a number in the score is known only at run time"
     for expression in (spec.score, spec.mask, spec.sink):

@@ -27,6 +27,8 @@ class CppKernel:
     """See docs/kernels.md."""
 
     name: str = "cpp"
+    label: str = "cpp"
+    only_measured: bool = False
     seconds_to_build: float = 2.0
 
     def refusal(self, problem: Problem) -> str | None:

@@ -11,12 +11,14 @@ import sympy
 import torch
 
 from adaattn_compiler.kernels import choose as module
-from adaattn_compiler.kernels import measure
+from adaattn_compiler.kernels import measure, table
 from adaattn_compiler.kernels.choose import choose
+from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.kernels.measure import Measured
 from adaattn_compiler.kernels.problem import Problem, Shape
+from adaattn_compiler.kernels.torch_backends import Window, window_of
 from adaattn_compiler.options import Options
-from adaattn_compiler.spec import AttentionSpec, k, q
+from adaattn_compiler.spec import AttentionSpec, M, N, k, q
 
 WINDOW = sympy.And(sympy.Ge(q - k, 0), sympy.Ge(k - q + 511, 0))
 
@@ -37,7 +39,7 @@ class Clock:
 
     def __call__(self, kernels: Any, problem: Problem) -> Measured:
         self.asked += 1
-        named = {kernel.name for kernel in kernels}
+        named = {kernel.label for kernel in kernels}
         times = {name: t for name, t in self.times.items() if name in named}
         return Measured(times, self.steady)
 
@@ -135,6 +137,11 @@ class Stub:
     estimate: float
     seconds_to_build: float = 0.0
     fails: bool = False
+    only_measured: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name
 
     def refusal(self, problem: Problem) -> str | None:
         return None
@@ -155,7 +162,7 @@ class Stub:
 
 def chosen(monkeypatch: pytest.MonkeyPatch, *stubs: Stub) -> module.Choice:
     """The choice among them by their estimates."""
-    monkeypatch.setattr(module, "kernels", lambda: stubs)
+    monkeypatch.setattr(module, "kernels", lambda device: stubs)
     return choose(problem(), Options(kernels=("sdpa", "flex", "cpp"), measure=False))
 
 
@@ -181,6 +188,13 @@ def test_small_problem_takes_what_need_not_be_built(monkeypatch: pytest.MonkeyPa
     assert choice.why == "least cost by estimate, and too small to measure"
 
 
+def test_what_has_to_be_run_is_not_chosen_by_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    stubs = Stub("sdpa", 1e9), Stub("flex", 0.5e9, only_measured=True)
+    choice = chosen(monkeypatch, *stubs)
+    assert choice.kernel.name == "sdpa"
+    assert "flex: chosen by measurement only" in choice.why
+
+
 @pytest.mark.parametrize("estimate", [2e9, 1e12])
 def test_kernel_that_cannot_be_built_gives_way(
     estimate: float, monkeypatch: pytest.MonkeyPatch
@@ -188,3 +202,81 @@ def test_kernel_that_cannot_be_built_gives_way(
     choice = chosen(monkeypatch, Stub("cpp", 1e9, 2.0, fails=True), Stub("sdpa", estimate))
     assert choice.kernel.name == "sdpa"
     assert choice.why == "cpp could not be built: RuntimeError: not on this machine"
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+def on_a_gpu(**changes: Any) -> Problem:
+    return dataclasses.replace(problem(), device="cuda", dtype=torch.bfloat16, **changes)
+
+
+def test_without_a_gpu_kernels_for_it_are_chosen_by_estimate(clock: Clock) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    window = choose(on_a_gpu(), Options())
+    assert (window.kernel.name, window.why) == ("triton", "least cost by estimate")
+    causal = on_a_gpu(spec=AttentionSpec(0.125, mask=sympy.Ge(q - k, 0)))
+    assert choose(causal, Options()).kernel.name == "sdpa"
+    assert clock.asked == 0
+
+
+def test_every_kernel_for_a_gpu_has_a_label_of_its_own() -> None:
+    labels = [kernel.label for kernel in module.kernels("cuda")]
+    assert len(set(labels)) == len(labels)
+    assert {"sdpa", "cudnn", "flash", "efficient", "triton", "triton:1"} <= set(labels)
+
+
+def test_on_a_gpu_all_that_may_be_fastest_compete(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_present", lambda device: True)
+    monkeypatch.setattr(table, "facts_of_device", lambda: ("a GPU",))
+    clock.times = {"flash": 1e-3, "triton": 2e-3, "triton:1": 0.9e-3, "cpp": 0.0}
+    choice = choose(on_a_gpu(), Options(cache_dir=tmp_path))
+    assert choice.kernel.label == "triton:1"
+    assert choice.why == "measured: triton:1 0.90 ms, flash 1.00 ms, triton 2.00 ms"
+    assert choose(on_a_gpu(), Options(cache_dir=tmp_path)) == choice
+    assert clock.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows", "window"),
+    [
+        (sympy.true, 8, Window(None, None)),
+        (sympy.Ge(q - k, 0), 8, Window(None, 0)),
+        (WINDOW, 8, Window(511, 0)),
+        (sympy.And(sympy.Ge(q - k + 3, 0), sympy.Ge(k - q + 5, 0)), 8, Window(5, 3)),
+        (sympy.Ge(q + N - M - k, 0), 5, Window(None, 0)),
+        (sympy.And(sympy.Ge(q + N - M - k, 0), sympy.Ge(k - q - N + M + 2, 0)), 5, Window(2, 0)),
+    ],
+    ids=str,
+)
+def test_window_is_what_flash_attention_calls_so(mask: Any, rows: int, window: Window) -> None:
+    shape = Shape(1, 1, 1, rows, 8, 64, 64, (1, rows, 8))
+    assert window_of(mask, shape) == window
+    at = torch.arange(8) - torch.arange(rows)[:, None] - (8 - rows)
+    low, high = (-window.left if window.left is not None else -9), window.right
+    meant = (at >= low) & (at <= (9 if high is None else high))
+    found = evaluate_dense(mask, positions((mask,), meant, (1, 1, rows, 8)), [], ())
+    assert torch.equal(torch.as_tensor(found).expand(rows, 8), meant)
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows"),
+    [
+        (sympy.Ge(q - k, 0), 5),  # not the last rows
+        (sympy.Ge(q + N - M - k, 0), None),  # as many as keys, or not: only a run knows
+        (sympy.Gt(q, k), 8),
+        (sympy.Or(sympy.Ge(q - k, 0), sympy.Lt(k, 2)), 8),
+        (sympy.And(sympy.Ge(q - k, 0), sympy.Ge(k - 2, 0)), 8),
+        (sympy.Ge(2 * q - k, 0), 8),
+    ],
+    ids=str,
+)
+def test_other_masks_are_no_windows(mask: Any, rows: int | None) -> None:
+    shape = Shape(1, 1, 1, rows, 8, 64, 64, (1, 8, 8))
+    if rows is None:  # the diagonal that ends at the last row is one, whatever the lengths
+        assert window_of(mask, shape) == Window(None, 0)
+        mask = sympy.Ge(q - k, 0)
+    assert window_of(mask, shape) is None

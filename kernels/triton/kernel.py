@@ -1,0 +1,115 @@
+"""The generated Triton kernel, as one that can be chosen (kernels/problem.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaattn_compiler.kernels.blocks import block_structure, density
+from adaattn_compiler.kernels.printing import NoCode
+from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.kernels.through_op import FILLED_ROWS, code_refusal, fills_rows
+from adaattn_compiler.kernels.triton.plan import configuration_of, plan_of, tiles_for
+from adaattn_compiler.kernels.triton.source import forward_source
+from adaattn_compiler.target import DeviceTarget
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST_HEAD = 256
+# Positions are 32-bit in the generated code.
+_LONGEST = 1 << 30
+_LEAST_CAPABILITY = (8, 0)
+# Beside SDPA's own, where nothing was measured.
+_TIME, _LESS_LIKELY = 1.2, 0.01
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """See docs/kernels.md. variant: which of the tiles for the device, the likeliest first."""
+
+    target: DeviceTarget
+    variant: int = 0
+    name: str = "triton"
+    seconds_to_build: float = 3.0
+    only_measured: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name if self.variant == 0 else f"{self.name}:{self.variant}"
+
+    def refusal(self, problem: Problem) -> str | None:
+        refused = _refusal(problem, self.target)
+        if refused is None and self.variant >= len(tiles_for(problem, self.target)):
+            return "no more tiles to try"
+        return refused
+
+    def cost(self, problem: Problem) -> float:
+        """The blocks that are attended to; among tiles, the likeliest first."""
+        _, rows, columns = problem.shape.hints
+        tiles = tiles_for(problem, self.target)[0]
+        structure = block_structure(
+            problem.spec.mask, rows, columns, tiles.rows, tiles.keys, problem.param_hints
+        )
+        return problem.work(density(structure)) * (_TIME + _LESS_LIKELY * self.variant)
+
+    def prepare(self, problem: Problem) -> None:
+        pass
+
+    def source(self, problem: Problem) -> str | None:
+        return forward_source(configuration_of(problem))
+
+    def build(self, problem: Problem) -> Attention:
+        plan = plan_of(problem, tiles_for(problem, self.target)[self.variant])
+        text = plan.serialize()
+
+        def attention(
+            q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
+        ) -> Any:
+            tables: list[Any] = []
+            if plan.listed:
+                tables = _tables(sizes, text, q_BHMD)
+            return torch.ops.adaattn.triton_attention(
+                q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), tables, text
+            )
+
+        return attention
+
+
+def _tables(sizes: Sizes, plan: str, like: Any) -> list[Any]:
+    """The table of a plan, written once for all sites of a graph that share it."""
+    key = ("triton tables", plan, str(sizes.scores))
+    if key not in sizes.memo:
+        found = torch.ops.adaattn.triton_tables(like, sizes.rows, sizes.columns, [], plan)
+        sizes.memo[key] = [found[0], found[1]]
+    tables: list[Any] = sizes.memo[key]
+    return tables
+
+
+def _refusal(problem: Problem, target: DeviceTarget) -> str | None:
+    spec, shape = problem.spec, problem.shape
+    if problem.device != "cuda":
+        return "only on CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if target.capability is None or target.capability < _LEAST_CAPABILITY:
+        return f"not for {target.name}: sm_80 and later"
+    if problem.dtype not in _DTYPES:
+        return f"not for {problem.dtype}"
+    if max(shape.head_dim, shape.value_dim) > _WIDEST_HEAD:
+        return f"not for head dimensions above {_WIDEST_HEAD}"
+    if max(shape.hints) > _LONGEST:
+        return f"not for lengths above {_LONGEST}"
+    if spec.dropout_p > 0:
+        return "no dropout"
+    if problem.requires_grad:
+        return FILLED_ROWS if fills_rows(spec) else "no backward yet"
+    if refused := code_refusal(problem):
+        return refused
+    try:
+        forward_source(configuration_of(problem))
+    except NoCode as error:
+        return str(error)
+    return None

@@ -1,0 +1,152 @@
+"""CUDA graphs up to Inductor's door: captured, rewritten, and every kernel in them compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_capture import Captured, captured, cuda, fake_gpu
+from torch.testing import FileCheck
+
+from adaattn_compiler.options import Options
+
+OURS = Options(kernels=("triton",))
+# Bytes of shared memory that a program may have.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    return (q @ k.mT * 0.125).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(q.shape[2], device=q.device)[:, None]
+    keys = torch.arange(k.shape[2], device=q.device)
+    keep = (rows >= keys) & (rows - keys < 100)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+def softcap(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = 30 * torch.tanh(q @ k.mT * 0.125 / 30)
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return torch.where(keep, scores, float("-inf")).softmax(-1) @ v
+
+
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None])
+
+
+def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT * 0.125 + bias).softmax(-1) @ v
+
+
+def with_sinks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
+) -> torch.Tensor:
+    scores = q @ k.mT * 0.125
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~keep, float("-inf"))
+    sink = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+
+
+def first_keys_and_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(q.shape[2], device=q.device)[:, None]
+    keys = torch.arange(k.shape[2], device=q.device)
+    keep = (rows >= keys) & ((rows - keys < 100) | (keys < 4))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+def inputs(dim: int = 64, groups: int = 4, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+    return tuple(cuda(2, heads, 512, dim, dtype=dtype) for heads in (4, groups, groups))
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "causal": (causal, lambda: inputs()),
+    "causal d128": (causal, lambda: inputs(128)),
+    "causal d80": (causal, lambda: inputs(80)),
+    "causal fp16": (causal, lambda: inputs(dtype=torch.float16)),
+    "causal fp32": (causal, lambda: inputs(dtype=torch.float32)),
+    "window": (window, lambda: inputs()),
+    "softcap": (softcap, lambda: inputs(128)),
+    "grouped": (grouped, lambda: inputs(128, 1)),
+    "padded": (padded, lambda: (*inputs(), torch.ones(2, 512, device="cuda") > 0)),
+    "biased": (biased, lambda: (*inputs(), cuda(4, 512, 512))),
+    "sinks": (with_sinks, lambda: (*inputs(), cuda(4))),
+    "listed": (first_keys_and_window, lambda: inputs()),
+}
+
+
+def assert_launches_once(found: Captured, name: str = "fused_qk_softmax_av") -> None:
+    assert [launch.name for launch in found.launches] == [name]
+    assert found.launches[0].written == ("out_ptr",)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_site_becomes_one_launch_that_compiles(name: str) -> None:
+    function, make = CASES[name]
+    with fake_gpu(), torch.no_grad():
+        found = captured(function, *make(), options=OURS)
+    assert [site.reason for site in found.sites] == [None]
+    assert found.sites[0].kernel == "triton"
+    FileCheck().check_count("adaattn.triton_attention", 1, exactly=True).run(found.rewritten)
+    FileCheck().check_not("softmax").check_not("scaled_dot_product").run(found.rewritten)
+    assert_launches_once(found)
+    for capability, shared in SHARED.items():
+        compiled = found.launches[0].compiled(capability)
+        assert compiled.spills == 0
+        assert compiled.shared_memory <= shared
+        if "fp32" not in name:
+            assert ("wgmma" if capability == 90 else "mma.sync") in compiled.ptx
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "padded", "sinks"])
+def test_lengths_at_run_time_take_the_same_kernel(name: str) -> None:
+    function, make = CASES[name]
+    with fake_gpu(), torch.no_grad():
+        found = captured(function, *make(), options=OURS, dynamic=True)
+    assert [site.reason for site in found.sites] == [None]
+    assert_launches_once(found)
+    grid = found.launches[0].arguments
+    assert grid["M"] is not None
+
+
+def test_table_of_blocks_is_made_once_for_all_layers() -> None:
+    def layers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return first_keys_and_window(first_keys_and_window(q, k, v), k, v)
+
+    with fake_gpu(), torch.no_grad():
+        found = captured(layers, *inputs(), options=OURS)
+    FileCheck().check_count("adaattn.triton_tables", 1, exactly=True).run(found.rewritten)
+    assert len(found.launches) == 2
+
+
+def test_without_a_gpu_torch_chooses_where_ours_is_no_better() -> None:
+    with fake_gpu(), torch.no_grad():
+        found = captured(causal, *inputs())
+    assert found.sites[0].kernel == "sdpa"
+    FileCheck().check("scaled_dot_product_attention").check("is_causal: True").run(found.rewritten)
+
+
+def test_window_is_ours_where_sdpa_would_want_a_mask() -> None:
+    def narrow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return window(q, k, v)
+
+    with fake_gpu(), torch.no_grad():
+        found = captured(narrow, *(cuda(1, 4, 4096, 64) for _ in range(3)))
+    assert found.sites[0].kernel == "triton"
+
+
+def test_what_no_kernel_takes_is_left_to_inductor() -> None:
+    with fake_gpu(), torch.no_grad():
+        found = captured(causal, *inputs(320), options=OURS)
+    assert found.sites[0].reason is not None
+    assert "not for head dimensions above 256" in found.sites[0].reason
+    assert not found.launches
