@@ -1,19 +1,23 @@
 # make venv      .venv with the tested versions and this package, editable
 # make demo      train a small model, read real text three ways, print a table
 # make test      all tests and their coverage; PYTEST_ARGS="-m 'not slow'" for some
+# make test-cuda-codegen
+#                what the CUDA build of torch can be tested for without a GPU, in .venv-cuda (5 GB)
 # make bench     speed beside Inductor
+# make gpu-check on a machine with a GPU: tests and measurements there, in eight minutes
 # make lint      style, types and layers, as below
 # make style     ruff: rules and format
 # make types     mypy --strict
 # make layers    imports go one way
 # make format    repair style
-# make clean     remove what building and testing leave; .venv stays
+# make clean     remove what building and testing leave; .venv and .venv-cuda stay
 #
 # Needs python3 (3.10 to 3.13), a C++ compiler, and the network when .venv is made.
 
 PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements/cpu.txt
+CUDA_VENV ?= .venv-cuda
 PYTEST_ARGS ?=
 
 SHELL := bash
@@ -22,11 +26,12 @@ SHELL := bash
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+CUDA_BIN := $(CUDA_VENV)/bin
 SOURCES := adaattn_compiler passes kernels
 # The sources laid out as the wheel has them, for tools that read files instead of importing them.
 LAYOUT := build/layout
 
-.PHONY: help venv test lint style layout types layers format demo bench clean
+.PHONY: help venv test test-cuda-codegen lint style layout types layers format demo bench gpu-check clean
 
 help:
 	@sed -n '1,/^$$/ s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +50,16 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted --cov --cov-report= --cov-fail-under=0
 	$(BIN)/pytest --cov --cov-append --cov-report=term $(PYTEST_ARGS)
+
+# Beside the capture of CUDA graphs: the older torch and Triton on what runs without a GPU.
+SMOKE_TESTS := tests/kernels/test_kernels.py tests/kernels/test_choose.py tests/kernels/test_triton_compile.py \
+	tests/passes/test_graphs.py tests/passes/test_near_misses.py tests/end_to_end/test_families.py
+
+test-cuda-codegen:
+	$(MAKE) venv VENV=$(CUDA_VENV) REQUIREMENTS=requirements/cuda.txt
+	$(CUDA_BIN)/pytest tests/cuda_codegen $(PYTEST_ARGS)
+	$(CUDA_BIN)/pytest $(SMOKE_TESTS) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(CUDA_BIN)/pytest tests/interpreted $(PYTEST_ARGS)
 
 lint: style types layers
 
@@ -77,6 +92,34 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
+
+# With the torch that PYTHON has, nothing being installed and no network: a copy of the sources, laid
+# out as the package is, in whose folder both run. Its metadata is for the backend's name.
+GPU := build/gpu
+GPU_TEST_SECONDS ?= 140
+GPU_SECONDS ?= 300
+GPU_ARGS ?=
+RESULTS ?= benchmarks/results
+
+# Without pytest-xdist what takes longest comes last.
+gpu-check:
+	@rm -rf $(GPU) && mkdir -p $(GPU)
+	@cp -Rp adaattn_compiler benchmarks tests pyproject.toml $(GPU)/
+	@cp -Rp passes kernels $(GPU)/adaattn_compiler/
+	@$(PYTHON) setup.py -q egg_info --egg-base $(GPU) || { mkdir -p $(GPU)/fallback.egg-info && \
+		printf 'Metadata-Version: 2.1\nName: adaattn-compiler\nVersion: 0\n' \
+			> $(GPU)/fallback.egg-info/PKG-INFO && \
+		printf '[torch_dynamo_backends]\nadaattn = adaattn_compiler.backend:adaattn\n' \
+			> $(GPU)/fallback.egg-info/entry_points.txt; }
+	@status=0; cd $(GPU); \
+	if $(PYTHON) -c 'import xdist' 2>/dev/null; then order="-n 8 tests/gpu"; else \
+		order="$$(echo tests/gpu/test_triton_*.py) tests/gpu/test_end_to_end.py tests/gpu"; fi; \
+	TORCHINDUCTOR_COMPILE_THREADS=1 \
+		timeout -k 10 $(GPU_TEST_SECONDS) $(PYTHON) -m pytest -o addopts= --import-mode=importlib \
+		-ra --no-header -m gpu $$order || status=$$?; \
+	$(PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --results $(abspath $(RESULTS)) \
+		--revision "$$(git describe --always --dirty 2>/dev/null)" $(GPU_ARGS) || status=$$?; \
+	exit $$status
 
 clean:
 	rm -rf build dist *.egg-info .coverage .coverage.* htmlcov

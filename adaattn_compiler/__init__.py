@@ -8,7 +8,8 @@
         out = fast(tokens)
         print(adaattn_compiler.explain(model, tokens))  # what was found, and what became of it
 
-`explain` tells what is done to a model, attention by attention, and why.
+`explain` tells what is done to a model, attention by attention, and why; with `target="H200"`, also
+what would run on a GPU that need not be there. `adaattn-explain` does the same from a shell.
 
 `Options` lists what can be set, with `torch.compile(..., options={"measure": False})` or in the
 environment: ADAATTN_ENABLED, ADAATTN_VALIDATE, ADAATTN_MEASURE, ADAATTN_KERNELS,
@@ -19,9 +20,20 @@ TORCH_LOGS="+adaattn_compiler" shows each decision, pass and failure.
 
 from adaattn_compiler.backend import adaattn
 from adaattn_compiler.explain import Explanation, explain
+from adaattn_compiler.kernels.predict import Prediction
 from adaattn_compiler.options import Options
 from adaattn_compiler.records import SiteRecord
+from adaattn_compiler.target import DeviceTarget
 
 __version__ = "0.1.0"
 
-__all__ = ["Explanation", "Options", "SiteRecord", "__version__", "adaattn", "explain"]
+__all__ = [
+    "DeviceTarget",
+    "Explanation",
+    "Options",
+    "Prediction",
+    "SiteRecord",
+    "__version__",
+    "adaattn",
+    "explain",
+]

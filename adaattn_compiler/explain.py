@@ -1,12 +1,15 @@
-"""What happened at every attention of a model.
+"""What happened at every attention of a model, and what would on another device.
 
 `explain(model, *args, **kwargs)` captures and analyses a model as `torch.compile` would, without
-Inductor, and returns a record for each attention that was seen.
+Inductor, and returns a record for each attention that was seen. With `target="sm_90"` each record
+says in addition what the kernel generated for that device takes: it need not be there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +22,9 @@ from torch import fx
 
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.pipeline import rewrite
-from adaattn_compiler.records import SiteRecord, numbered, records
-from adaattn_compiler.report import dump, log_sites, sources, table
+from adaattn_compiler.records import Asked, SiteRecord, numbered, records
+from adaattn_compiler.report import dump, log_sites, predictions, sources, table
+from adaattn_compiler.target import DeviceTarget, target_named
 
 _DISABLED = "AdaAttn is disabled (enabled=False): every graph goes to Inductor"
 _TRAINING = (
@@ -30,6 +34,15 @@ _NO_GRAPH = (
     "torch.compile captured no graph: all that the model calls is disabled for it, or it was "
     "compiled too often (torch.compiler.reset() forgets that)"
 )
+_NOT_RUN = (
+    "stopped where the first graph would run, and the model breaks there: attentions after it are "
+    "not seen (run=True goes on)"
+)
+_NO_TRITON = (
+    "Triton is not installed: what would be generated for the target is not known (pip install "
+    "triton; it compiles without a GPU)"
+)
+_FORWARD_ONLY = "figures for the target are of the forward pass"
 _SOUGHT = "no attention found (a softmax between two matrix products, or an SDPA call)"
 
 
@@ -42,6 +55,7 @@ class Explanation:
     graphs: how many graphs were captured.
     seconds: time of each pass, and under "kernels" of choosing and building them.
     failed: how many of the graphs could not be analysed (the notes say why).
+    target: the name of the device that predictions are for, where one was asked for.
     """
 
     sites: tuple[SiteRecord, ...]
@@ -49,10 +63,14 @@ class Explanation:
     graphs: int = 1
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     failed: int = 0
+    target: str | None = None
 
     def __str__(self) -> str:
-        """An aligned table, and where they were asked for the sources, each once."""
+        """Aligned tables of what was found and, for a target, of what it takes there; where they
+        were asked for the sources, each once."""
         rows = [table(self.sites, self.graphs)] if self.sites else []
+        if self.target is not None:
+            rows += predictions(self.sites)
         return "\n".join([self._head(), *rows, *self.notes, *sources(self.sites)])
 
     def _head(self) -> str:
@@ -73,6 +91,8 @@ def explain(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     source: bool = False,
+    target: str | DeviceTarget | None = None,
+    run: bool = True,
     **kwargs: Any,
 ) -> Explanation:
     """Capture and analyse `model(*args, **kwargs)` without compiling it.
@@ -90,29 +110,49 @@ def explain(
     kept in `cache_dir`. What is compiled already stays so (before torch 2.13, which cannot keep
     compilations apart, `torch.compiler.reset()` is called).
 
-    options, dynamic: as given to torch.compile. source: show the C++ that is generated for each
-    site. Where the model has arguments of these names, wrap it:
-    `explain(lambda x: model(x, dynamic=True), x)`.
+    options, dynamic: as given to torch.compile. source: show the code that is generated for each
+    site: C++, or Triton for a target. target: a GPU by name or capability ("H200", "sm_90"), or a
+    `DeviceTarget`: what the attentions that are lowered here would take there, forward; kernels are
+    compiled for it, nothing has to be there. run: False stops where the first graph would run, so
+    that inputs may be of any size and of no value. Where the model has arguments of these names,
+    wrap it: `explain(lambda x: model(x, dynamic=True), x)`.
 
-    Raises ValueError for an unknown option, and what the model itself raises.
+    Raises ValueError for an unknown option or target, and what the model itself raises.
     """
     ours, _ = parse_options(options)
+    device = target_named(target) if isinstance(target, str) else target
+    asked = Asked(source, True, device)
     if not ours.enabled:
         return Explanation((), (_DISABLED,), 0)
     graphs: list[_Graph] = []
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         analysis = rewrite(graph_module, inputs, ours)
-        sites = records(analysis, len(graphs), source)
+        sites = records(analysis, len(graphs), asked)
         log_sites(sites, analysis.failure)
         dump(graph_module, analysis, sites, ours.dump_dir)
         graphs.append(_Graph(sites, analysis.failure, analysis.seconds))
-        forward: Callable[..., Any] = graph_module.forward
+        forward: Callable[..., Any] = graph_module.forward if run else _stop
         return forward
 
-    with _apart() as settings:
+    breaks = _breaks()
+    with _apart() as settings, contextlib.suppress(_Stopped):
         torch.compile(model, backend=backend, dynamic=dynamic, **settings)(*args, **kwargs)
-    return _explanation(graphs)
+    notes = [_NOT_RUN] if not run and _breaks() > breaks else []
+    return _explanation(graphs, notes, device)
+
+
+class _Stopped(BaseException):
+    """Instead of a graph's results; no model catches it."""
+
+
+def _stop(*_: Any) -> Any:
+    raise _Stopped
+
+
+def _breaks() -> int:
+    """How many graph breaks Dynamo has counted."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 @dataclass(frozen=True)
@@ -150,14 +190,18 @@ def _apart() -> Iterator[dict[str, Any]]:
         sizes.update(kept)
 
 
-def _explanation(graphs: Sequence[_Graph]) -> Explanation:
+def _explanation(
+    graphs: Sequence[_Graph], notes: Sequence[str], target: DeviceTarget | None
+) -> Explanation:
     sites = numbered(site for graph in graphs for site in graph.sites)
     seconds: dict[str, float] = {}
     for graph in graphs:
         for name, spent in graph.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
     failed = sum(graph.failure is not None for graph in graphs)
-    return Explanation(sites, tuple(_notes(graphs, sites)), len(graphs), seconds, failed)
+    found = (*_notes(graphs, sites), *notes, *_target_notes(sites, target))
+    device = None if target is None else target.name
+    return Explanation(sites, found, len(graphs), seconds, failed, device)
 
 
 def _notes(graphs: Sequence[_Graph], sites: Sequence[SiteRecord]) -> Iterator[str]:
@@ -173,6 +217,15 @@ def _notes(graphs: Sequence[_Graph], sites: Sequence[SiteRecord]) -> Iterator[st
             f"{len(graphs)} graphs: the model breaks; an attention across a break is not found "
             '(TORCH_LOGS="graph_breaks" says where and why)'
         )
+
+
+def _target_notes(sites: Sequence[SiteRecord], target: DeviceTarget | None) -> Iterator[str]:
+    if target is None or target.capability is None or not sites:
+        return
+    if importlib.util.find_spec("triton") is None:
+        yield _NO_TRITON
+    if any(site.training for site in sites):
+        yield _FORWARD_ONLY
 
 
 __all__ = ["Explanation", "SiteRecord", "explain", "records"]

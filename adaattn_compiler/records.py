@@ -9,10 +9,17 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from adaattn_compiler.kernels.predict import (
+    Prediction,
+    counted_here,
+    predicted,
+    source_for,
+)
 from adaattn_compiler.passes.lower import Lowered
 from adaattn_compiler.passes.pipeline import Analysis
 from adaattn_compiler.passes.site import Refused
 from adaattn_compiler.predicates import describe
+from adaattn_compiler.target import DeviceTarget
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,13 @@ class SiteRecord:
     graph: the number of the graph that it is in.
     where: "file:line" of the model's source, where known.
     training: whether a gradient flows through it.
-    source: what was generated and compiled for it, where the kernel is "cpp" and it was asked for.
+    source: what was generated and compiled for it, where the kernel is "cpp" and it was asked for;
+    with a target, the Triton module for that instead.
+    prediction: what it takes at least, counted: on the target that was asked for, with the kernel
+    generated for it, else on the device that the tensors are on.
 
-    mask, kernel, decision, shape, score and why are None for a site that was not lowered.
+    mask, kernel, decision, shape, score, why and prediction are None for a site that was not
+    lowered.
     """
 
     name: str
@@ -57,12 +68,34 @@ class SiteRecord:
     where: str | None = None
     training: bool = False
     source: str | None = None
+    prediction: Prediction | None = None
 
 
-def records(analysis: Analysis, graph: int = 0, source: bool = False) -> tuple[SiteRecord, ...]:
-    """The records of one graph's sites; source: with what was generated for them."""
+@dataclass(frozen=True)
+class Asked:
+    """What records say beside what was found: the source generated, figures for a target."""
+
+    source: bool = False
+    figures: bool = False
+    target: DeviceTarget | None = None
+
+    def source_of(self, result: Lowered) -> str | None:
+        if not self.source:
+            return None
+        if self.target is not None and self.target.capability is not None:
+            return source_for(result.problem, self.target)
+        return result.choice.kernel.source(result.problem)
+
+    def prediction_of(self, result: Lowered) -> Prediction | None:
+        if self.target is not None:
+            return predicted(result.problem, self.target)
+        return counted_here(result.problem) if self.figures else None
+
+
+def records(analysis: Analysis, graph: int = 0, asked: Asked = Asked()) -> tuple[SiteRecord, ...]:
+    """The records of one graph's sites."""
     return numbered(
-        _lowered_record(result, graph, source)
+        _lowered_record(result, graph, asked)
         if isinstance(result, Lowered)
         else _refused_record(result, graph)
         for result in analysis.results
@@ -80,7 +113,7 @@ def numbered(sites: Iterable[SiteRecord]) -> tuple[SiteRecord, ...]:
     return tuple(found)
 
 
-def _lowered_record(result: Lowered, graph: int, source: bool) -> SiteRecord:
+def _lowered_record(result: Lowered, graph: int, asked: Asked) -> SiteRecord:
     site, kernel = result.site, result.choice.kernel
     return SiteRecord(
         name=site.name,
@@ -98,7 +131,8 @@ def _lowered_record(result: Lowered, graph: int, source: bool) -> SiteRecord:
         graph=graph,
         where=_source(site.anchor),
         training=site.requires_grad,
-        source=kernel.source(result.problem) if source else None,
+        source=asked.source_of(result),
+        prediction=asked.prediction_of(result),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import fx
 
+from adaattn_compiler.kernels.predict import Prediction
 from adaattn_compiler.passes.pipeline import Analysis
 from adaattn_compiler.records import SiteRecord
 
@@ -21,6 +22,10 @@ def table(sites: Sequence[SiteRecord], graphs: int = 1) -> str:
     rows = [_HEADER, *(_row(site) for site in sites)]
     if graphs == 1:
         rows = [row[1:] for row in rows]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -29,10 +34,9 @@ def table(sites: Sequence[SiteRecord], graphs: int = 1) -> str:
 
 
 def _row(site: SiteRecord) -> tuple[str, ...]:
-    name = site.name or "(root)"
     return (
         str(site.graph),
-        f"{name}#{site.ordinal}" if site.ordinal else name,
+        _name(site),
         site.spelling,
         site.mask or "-",
         site.shape or "-",
@@ -47,6 +51,73 @@ def _reason(site: SiteRecord) -> str:
     if site.reason is None:
         return ""
     return site.reason if site.where is None else f"{site.reason} [{site.where}]"
+
+
+def predictions(sites: Sequence[SiteRecord]) -> list[str]:
+    """What lowered sites take on the target, in aligned columns; those that are alike once."""
+    alike: dict[Prediction, list[str]] = {}
+    for site in sites:
+        if site.prediction is not None:
+            alike.setdefault(site.prediction, []).append(_name(site))
+    if not alike:
+        return []
+    cells = [{"site": _names(names), **_cells(figures)} for figures, names in alike.items()]
+    shown = [name for name in cells[0] if any(cell[name] not in ("", "-") for cell in cells)]
+    rows = [shown, *([cell[name] for name in shown] for cell in cells)]
+    device = next(iter(alike)).device
+    return [f"\non {device}, by counting and compiling; nothing ran there:", _aligned(rows)]
+
+
+def _name(site: SiteRecord) -> str:
+    name = site.name or "(root)"
+    return f"{name}#{site.ordinal}" if site.ordinal else name
+
+
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
+
+
+def _cells(found: Prediction) -> dict[str, str]:
+    """A prediction by column; "-" for what is not known."""
+    shared = None if found.shared_memory is None else f"{found.shared_memory / 1024:.4g} KiB"
+    return {
+        "kernel": "-" if found.tiles is None else "triton",
+        "tiles": found.tiles or "-",
+        "warps": _known(found.warps),
+        "stages": _known(found.stages),
+        "registers": _known(found.registers),
+        "shared": shared or "-",
+        "spilled": "-" if found.spilled is None else f"{found.spilled} B",
+        "tensor cores": found.tensor_cores or "-",
+        "time": "-" if found.seconds is None else ">= " + _scaled(1e9 * found.seconds, _SECONDS),
+        "bound": found.bound or "-",
+        "operations": _scaled(found.operations, _COUNTS).strip(),
+        "density": f"{100 * found.density:.3g}%",
+        "bytes": _scaled(found.memory_bytes, _BYTES),
+        "tile bytes": _scaled(found.tile_bytes, _BYTES),
+        "eager bytes": _scaled(found.eager_bytes, _BYTES),
+        "saving": f"{found.saving:.3g}x" if found.saving < 100 else f"{found.saving:.0f}x",
+        "reason": found.refusal or found.note or "",
+    }
+
+
+# By factors of a thousand.
+_SECONDS = ("ns", "us", "ms", "s")
+_BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
+_COUNTS = ("", "k", "M", "G", "T", "P")
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    """Three digits and the largest unit that leaves one before the point."""
+    for unit in units[:-1]:
+        if round(value, 1) < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} {units[-1]}"
+
+
+def _known(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def sources(sites: Sequence[SiteRecord]) -> list[str]:

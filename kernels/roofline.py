@@ -21,7 +21,7 @@ class Work:
     """Of one call: operations of products, exponentials, and bytes.
 
     least_bytes: each tensor once. tile_bytes: what the programs read and write, from wherever.
-    resident_bytes: keys and values of one head.
+    resident_bytes: keys and values of one head. density: the share of blocks that the mask leaves.
     """
 
     dtype: str
@@ -30,6 +30,7 @@ class Work:
     least_bytes: float
     tile_bytes: float
     resident_bytes: float
+    density: float
 
     def memory_bytes(self, target: DeviceTarget) -> float:
         """From and to the device's memory, one head's rows after another's."""
@@ -37,11 +38,15 @@ class Work:
 
     def seconds(self, target: DeviceTarget) -> float:
         """At least: the longest of what can go on at the same time."""
-        return max(
-            self.operations / target.rate(self.dtype),
-            self.exponentials / target.exponentials,
-            self.memory_bytes(target) / target.bandwidth,
-        )
+        return max(self.times(target).values())
+
+    def times(self, target: DeviceTarget) -> dict[str, float]:
+        """Seconds of what can go on at the same time. ValueError: the target has no such dtype."""
+        return {
+            "products": self.operations / target.rate(self.dtype),
+            "exponentials": self.exponentials / target.exponentials,
+            "memory": self.memory_bytes(target) / target.bandwidth,
+        }
 
 
 def work_of(problem: Problem, block_rows: int, block_keys: int) -> Work:
@@ -66,6 +71,7 @@ def work_of(problem: Problem, block_rows: int, block_keys: int) -> Work:
         least_bytes=row_bytes + key_bytes + read_beside,
         tile_bytes=row_bytes + row_blocks * attended * key_bytes * problem.spec.group + read_beside,
         resident_bytes=key_bytes / max(batch * shape.kv_heads, 1),
+        density=attended,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from families import bert, llama, tokens
 
-from adaattn_compiler import Explanation, SiteRecord, explain
+from adaattn_compiler import Explanation, Prediction, SiteRecord, explain
 
 
 class Block(torch.nn.Module):
@@ -111,9 +111,14 @@ def test_every_field_of_a_record_is_documented() -> None:
         assert f" {field.name}: " in (SiteRecord.__doc__ or ""), field.name
 
 
+def _record(fields: dict[str, Any]) -> SiteRecord:
+    prediction = fields.pop("prediction")
+    return SiteRecord(**fields, prediction=prediction and Prediction(**prediction))
+
+
 def test_json_holds_the_same(broken: Explanation) -> None:
     read = json.loads(broken.to_json())
-    sites = tuple(SiteRecord(**site) for site in read["sites"])
+    sites = tuple(_record(site) for site in read["sites"])
     assert sites == broken.sites
     again = Explanation(sites, tuple(read["notes"]), read["graphs"], read["seconds"])
     assert again == broken

@@ -12,8 +12,14 @@ import torch
 from adaattn_compiler.kernels.blocks import block_structure, density
 from adaattn_compiler.kernels.printing import NoCode
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
-from adaattn_compiler.kernels.through_op import FILLED_ROWS, code_refusal, fills_rows
-from adaattn_compiler.kernels.triton.plan import configuration_of, plan_of, tiles_for
+from adaattn_compiler.kernels.through_op import code_refusal
+from adaattn_compiler.kernels.triton.launch_backward import gradient_refusal
+from adaattn_compiler.kernels.triton.plan import (
+    TritonPlan,
+    configuration_of,
+    plan_of,
+    tiles_for,
+)
 from adaattn_compiler.kernels.triton.source import forward_source
 from adaattn_compiler.target import DeviceTarget
 
@@ -70,20 +76,22 @@ class TritonKernel:
         ) -> Any:
             tables: list[Any] = []
             if plan.listed:
-                tables = _tables(sizes, text, q_BHMD)
-            return torch.ops.adaattn.triton_attention(
-                q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), tables, text
-            )
+                tables = _tables(sizes, plan, q_BHMD)
+            given = (q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), tables, text)
+            if problem.requires_grad:
+                return torch.ops.adaattn.triton_attention_training(*given)[0]
+            return torch.ops.adaattn.triton_attention(*given)
 
         return attention
 
 
-def _tables(sizes: Sizes, plan: str, like: Any) -> list[Any]:
-    """The table of a plan, written once for all sites of a graph that share it."""
-    key = ("triton tables", plan, str(sizes.scores))
+def _tables(sizes: Sizes, plan: TritonPlan, like: Any) -> list[Any]:
+    """The tables of a plan, written once for all sites of a graph that share them."""
+    key = ("triton tables", plan, sizes.rows, sizes.columns)
     if key not in sizes.memo:
-        found = torch.ops.adaattn.triton_tables(like, sizes.rows, sizes.columns, [], plan)
-        sizes.memo[key] = [found[0], found[1]]
+        found = torch.ops.adaattn.triton_tables(like, sizes.rows, sizes.columns, plan.serialize())
+        count = 2 if plan.backward is None else 6
+        sizes.memo[key] = [found[i] for i in range(count)]
     tables: list[Any] = sizes.memo[key]
     return tables
 
@@ -104,8 +112,8 @@ def _refusal(problem: Problem, target: DeviceTarget) -> str | None:
         return f"not for lengths above {_LONGEST}"
     if spec.dropout_p > 0:
         return "no dropout"
-    if problem.requires_grad:
-        return FILLED_ROWS if fills_rows(spec) else "no backward yet"
+    if problem.requires_grad and (refused := gradient_refusal(spec)):
+        return refused
     if refused := code_refusal(problem):
         return refused
     try:

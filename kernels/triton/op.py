@@ -1,18 +1,22 @@
-"""`adaattn::triton_attention`: the generated kernel as an op that Inductor sees through.
+"""`adaattn::triton_attention`: the generated kernels as ops that Inductor sees through.
 
-In compiled code the op is gone: what is left are launches of user-defined Triton kernels, which
+In compiled code the ops are gone: what are left are launches of user-defined Triton kernels, which
 Inductor loads, launches, captures into CUDA graphs and keeps in its caches as its own. The plan is
-text, so that a graph that holds it runs in any process.
+text, so that a graph that holds it runs in any process. In training the forward pass also returns
+each row's statistics, from which the backward one starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from adaattn_compiler.kernels.triton.launch import forward
-from adaattn_compiler.kernels.triton.plan import TritonPlan, table_of
+from adaattn_compiler.kernels.triton.launch_backward import backward
+from adaattn_compiler.kernels.triton.plan import TritonPlan, tables_of
+from adaattn_compiler.kernels.triton.readings import differentiable
 from adaattn_compiler.kernels.triton.tables import BlockTable
 
 
@@ -30,50 +34,157 @@ def triton_attention(
 
     operands and params are those of the plan's spec, tables those of `triton_tables` where the plan
     lists its blocks, else none. Returns memory laid out as [B,M,H,E]. Raises ValueError for text
-    that is no plan, and for tensors that the plan is not for.
+    that is no plan, and for tensors that the plan is not for. Has no gradient.
     """
+    return _forward(q, k, v, operands, params, tables, TritonPlan.deserialize(plan))
+
+
+@torch.library.triton_op("adaattn::triton_attention_training", mutates_args=())
+def triton_attention_training(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    tables: Sequence[torch.Tensor],
+    plan: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, with a gradient: the result, and float32 statistics [B,H,M,2]."""
+    statistics = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
     found = TritonPlan.deserialize(plan)
-    check(found, q, k, v, operands, params)
+    return _forward(q, k, v, operands, params, tables, found, statistics), statistics
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    tables: Sequence[torch.Tensor],
+    plan: TritonPlan,
+    statistics: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check(plan, q, k, v, operands, params)
+    on_device = _on_device(plan, q, k, tables)
     return forward(
-        found.made_for,
+        plan.made_for,
         q,
         k,
         v,
         operands,
         params,
-        tiles=found.tiles,
-        precision=found.precision,
-        table=_table(found, q, k, tables),
+        tiles=plan.tiles,
+        precision=plan.precision,
+        statistics=statistics,
+        table=on_device[0] if on_device else None,
     )
 
 
-@torch.library.custom_op("adaattn::triton_tables", mutates_args=())
-def triton_tables(
-    like: torch.Tensor, rows: int, columns: int, params: Sequence[int], plan: str
+@torch.library.triton_op("adaattn::triton_attention_backward", mutates_args=())
+def triton_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    tables: Sequence[torch.Tensor],
+    wanted: Sequence[bool],
+    plan: str,
 ) -> list[torch.Tensor]:
-    """The table of a plan's blocks for sizes that are known, on a tensor's device (BlockTable)."""
-    table = table_of(TritonPlan.deserialize(plan), rows, columns, tuple(params))
-    return [tensor.to(like.device, copy=True) for tensor in (table.table, table.blocks)]
+    """The gradients of q, k and v, and of the operands that are wanted, in this order.
+
+    Those of q, k and v are laid out as [B,length,heads,dim]. Raises ValueError as the forward does.
+    """
+    found = TritonPlan.deserialize(plan)
+    check(found, q, k, v, operands, params)
+    on_device = _on_device(found, q, k, tables)
+    return backward(
+        found.made_for,
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        statistics,
+        operands,
+        params,
+        wanted,
+        tiles=found.backward,
+        precision=found.precision,
+        table=on_device[1] if on_device else None,
+        key_table=on_device[2] if on_device else None,
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, operands, params, tables, plan = inputs
+    ctx.save_for_backward(q, k, v, *output, *operands, *tables)
+    ctx.mark_non_differentiable(output[1])
+    ctx.operands, ctx.tables, ctx.params, ctx.plan = len(operands), len(tables), params, plan
+
+
+def _gradients(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, out, statistics, *rest = ctx.saved_tensors
+    operands, tables = rest[: ctx.operands], rest[ctx.operands :]
+    can = differentiable(TritonPlan.deserialize(ctx.plan).made_for.spec)
+    needed = ctx.needs_input_grad[3]
+    wanted = [i in can and bool(needed[i]) for i in range(ctx.operands)]
+    found = triton_attention_backward(
+        grad_out, q, k, v, out, statistics, operands, ctx.params, tables, wanted, ctx.plan
+    )
+    of_operands = list(found[3:])
+    spread = [of_operands.pop(0) if want else None for want in wanted]
+    # An empty list counts as one of tensors, one of numbers does not.
+    nothing = None if ctx.params else []
+    return (*found[:3], spread, nothing, [None] * ctx.tables, None)
+
+
+triton_attention_training.register_autograd(_gradients, setup_context=_setup)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("adaattn::triton_tables", mutates_args=())
+def triton_tables(like: torch.Tensor, rows: int, columns: int, plan: str) -> list[torch.Tensor]:
+    """The tables of a plan's blocks for sizes that are known, on a tensor's device (BlockTable)."""
+    found = tables_of(TritonPlan.deserialize(plan), rows, columns)
+    return [part.to(like.device, copy=True) for table in found for part in _parts(table)]
 
 
 @triton_tables.register_fake
-def _fake_tables(
-    like: torch.Tensor, rows: int, columns: int, params: Sequence[int], plan: str
-) -> list[torch.Tensor]:
-    table = table_of(TritonPlan.deserialize(plan), rows, columns, tuple(params))
-    return [like.new_empty(t.shape, dtype=torch.int32) for t in (table.table, table.blocks)]
+def _fake_tables(like: torch.Tensor, rows: int, columns: int, plan: str) -> list[torch.Tensor]:
+    found = tables_of(TritonPlan.deserialize(plan), rows, columns)
+    return [
+        like.new_empty(part.shape, dtype=torch.int32) for table in found for part in _parts(table)
+    ]
 
 
-def _table(
+def _parts(table: BlockTable) -> tuple[torch.Tensor, torch.Tensor]:
+    return table.table, table.blocks
+
+
+def _on_device(
     plan: TritonPlan, q: torch.Tensor, k: torch.Tensor, tables: Sequence[torch.Tensor]
-) -> BlockTable | None:
+) -> list[BlockTable]:
+    """What `triton_tables` made, with what is known of it by the sizes alone."""
     if not plan.listed:
-        return None
-    if len(tables) != 2:
-        raise ValueError(f"{len(tables)} tables for a plan that lists its blocks: two are wanted")
-    # That full blocks follow each other is a property of the sizes, which are known.
-    known = table_of(plan, int(q.shape[2]), int(k.shape[2]), ())
-    return BlockTable(tables[0], tables[1], known.full_run)
+        return []
+    known = tables_of(plan, int(q.shape[2]), int(k.shape[2]))
+    if len(tables) != 2 * len(known):
+        raise ValueError(
+            f"{len(tables)} tables for a plan that lists its blocks: the {2 * len(known)} of "
+            "adaattn::triton_tables are wanted"
+        )
+    pairs = zip(tables[::2], tables[1::2], known, strict=True)
+    return [BlockTable(table, blocks, like.full_run) for table, blocks, like in pairs]
+
+
+# -- what the kernels do not look at ---------------------------------------------------------------
 
 
 def check(
