@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 
 from adaattn_compiler.kernels.printing import NoCode
-from adaattn_compiler.spec import Load, Where
+from adaattn_compiler.spec import AttentionSpec, Load, Where
 
 
 def derivative(expression: Any, by: Any) -> Any:
@@ -72,3 +72,15 @@ def conditional_loads(expression: Any, inside: bool = False) -> set[Load]:
         return {expression} if inside else set()
     within = inside or isinstance(expression, Where)
     return {load for arg in expression.args for load in conditional_loads(arg, within)}
+
+
+def float_loads(spec: AttentionSpec, expression: Any) -> list[Load]:
+    """What an expression reads of float operands, as values (not as places to read at)."""
+    if expression is None:
+        return []
+    loads = (load for load in expression.atoms(Load) if _is_float(spec, load))
+    return sorted((load for load in loads if derivative(expression, load) != 0), key=str)
+
+
+def _is_float(spec: AttentionSpec, load: Load) -> bool:
+    return spec.operands[int(load.args[0])].kind == "float"

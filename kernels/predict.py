@@ -13,17 +13,14 @@ from typing import Any
 
 import torch
 
-from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.device import target_here
 from adaattn_compiler.kernels.measure import first_line
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.roofline import Work, eager_bytes, work_of
-from adaattn_compiler.kernels.triton.compile import Compiled, compiled_forward
+from adaattn_compiler.kernels.triton.compile import Compiled, compiled_decode, compiled_forward
 from adaattn_compiler.kernels.triton.kernel import TritonKernel
-from adaattn_compiler.kernels.triton.launch import Tiles, power_of_two
-from adaattn_compiler.kernels.triton.plan import TritonPlan, plan_of, tiles_for
-from adaattn_compiler.kernels.triton.source import Configuration
-from adaattn_compiler.kernels.triton.tables import block_table
+from adaattn_compiler.kernels.triton.launch import power_of_two
+from adaattn_compiler.kernels.triton.plan import TritonPlan, plan_of, tables_of, tiles_for
 from adaattn_compiler.target import DeviceTarget, cpu_target
 
 # Blocks of rows and keys that are counted where no kernel says which: those of `cpp`; as many of
@@ -124,7 +121,7 @@ def source_for(problem: Problem, target: DeviceTarget) -> str | None:
 
 
 def _plan(problem: Problem, target: DeviceTarget) -> TritonPlan:
-    return plan_of(problem, tiles_for(problem, target)[0])
+    return plan_of(problem, tiles_for(problem, target)[0], target)
 
 
 # -- counted ---------------------------------------------------------------------------------------
@@ -175,9 +172,10 @@ def _resources(problem: Problem, plan: TritonPlan, capability: tuple[int, int]) 
     number = 10 * capability[0] + capability[1]
     dtype = str(problem.dtype).removeprefix("torch.")
     dims = (problem.shape.head_dim, problem.shape.value_dim)
-    given = (plan.made_for, plan.tiles, plan.precision, number, dtype, dims)
+    _, rows, columns = problem.shape.hints
+    full_run = not plan.listed or tables_of(plan, rows, columns)[0].full_run
     try:
-        compiled = _compiled(*given, problem.requires_grad, _full_run(problem, plan.tiles))
+        compiled = _compiled(plan, number, dtype, dims, full_run)
     except Exception as error:
         return {"note": f"not compiled: {first_line(error)}"}
     used = (name for code, name in _TENSOR_CORES.items() if code in compiled.ptx)
@@ -191,23 +189,17 @@ def _resources(problem: Problem, plan: TritonPlan, capability: tuple[int, int]) 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(
-    made_for: Configuration,
-    tiles: Tiles,
-    precision: str,
-    capability: int,
-    dtype: str,
-    dims: tuple[int, int],
-    training: bool,
-    full_run: bool,
+    plan: TritonPlan, capability: int, dtype: str, dims: tuple[int, int], full_run: bool
 ) -> Compiled:
     """The kernel as the op launches it: beside the output, statistics are written in training."""
-    switches = {"has_lse": False, "has_statistics": training, "full_run": full_run}
-    return compiled_forward(made_for, dtype, dims, tiles, capability, precision, **switches)
-
-
-def _full_run(problem: Problem, tiles: Tiles) -> bool:
-    """Whether the full blocks of each block of rows follow each other."""
-    _, rows, columns = problem.shape.hints
-    sizes = (rows, columns, tiles.rows, tiles.keys)
-    structure = block_structure(problem.spec.mask, *sizes, problem.param_hints)
-    return block_table(structure, ragged=columns % tiles.keys != 0).full_run
+    given = (plan.made_for, dtype, dims, plan.tiles, capability)
+    if plan.splits:
+        return compiled_decode(*given, split=plan.splits > 1, precision=plan.precision)[0]
+    return compiled_forward(
+        *given,
+        plan.precision,
+        has_lse=False,
+        has_statistics=plan.backward is not None,
+        listed=plan.listed,
+        full_run=full_run,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 
 from adaattn_compiler.kernels.cpu.expressions import ELEMENTS, GUARDED, Row, sizes_of
-from adaattn_compiler.kernels.derivatives import conditional_loads, derivative
+from adaattn_compiler.kernels.derivatives import conditional_loads, derivative, float_loads
 from adaattn_compiler.predicates import describe
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S, h, k
 
@@ -79,7 +79,7 @@ def gradient_source_of(made_for: Configuration) -> str:
 
 def gradient_operands(spec: AttentionSpec) -> frozenset[int]:
     """The operands to which a gradient can flow: what the score or the sink adds or scales."""
-    found = (_float_loads(spec, expression) for expression in (spec.score, spec.sink))
+    found = (float_loads(spec, expression) for expression in (spec.score, spec.sink))
     return frozenset(int(load.args[0]) for loads in found for load in loads)
 
 
@@ -172,24 +172,12 @@ def _sink(made_for: Configuration) -> str:
 # -- gradients -------------------------------------------------------------------------------------
 
 
-def _float_loads(spec: AttentionSpec, expression: Any) -> list[Load]:
-    """What an expression reads of float operands, as values (not as places to read at)."""
-    if expression is None:
-        return []
-    loads = (load for load in expression.atoms(Load) if _is_float(spec, load))
-    return sorted((load for load in loads if derivative(expression, load) != 0), key=str)
-
-
-def _is_float(spec: AttentionSpec, load: Load) -> bool:
-    return spec.operands[int(load.args[0])].kind == "float"
-
-
 def _gradient_row(made_for: Configuration) -> str:
     """The function that hands a row's gradient on to the operands and to S."""
     spec = made_for.spec
     by_product = derivative(spec.score, S)
     body = []
-    for load in _float_loads(spec, spec.score):
+    for load in float_loads(spec, spec.score):
         body += _gradient_of_load(made_for, spec.score, load)
     if by_product != 1:
         row = made_for.row()
@@ -257,7 +245,7 @@ def _sink_gradient(made_for: Configuration) -> str:
     if spec.sink is None:
         return ""
     body = []
-    for load in _float_loads(spec, spec.sink):
+    for load in float_loads(spec, spec.sink):
         row = made_for.row()
         operand, index = int(load.args[0]), load.args[1:]
         factor = row.printed(derivative(spec.sink, load))

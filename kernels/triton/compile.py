@@ -9,12 +9,31 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaattn_compiler.kernels.triton.launch import Tiles, constants, loaded
-from adaattn_compiler.kernels.triton.source import Configuration, forward_source
+from adaattn_compiler.kernels.triton.gradient_source import backward_source
+from adaattn_compiler.kernels.triton.launch import (
+    Products,
+    Tiles,
+    constants,
+    loaded,
+    shared_constants,
+)
+from adaattn_compiler.kernels.triton.launch_backward import BackwardTiles, specialized
+from adaattn_compiler.kernels.triton.launch_decode import (
+    COMBINING,
+    combine_constants,
+    decode_constants,
+)
+from adaattn_compiler.kernels.triton.source import (
+    FORWARD,
+    Configuration,
+    decode_source,
+    forward_source,
+)
 
 # By the name that a torch dtype has without "torch.".
 TYPES = {
@@ -48,26 +67,99 @@ def compiled_forward(
     dims: tuple[int, int],
     tiles: Tiles,
     capability: int,
-    precision: str = "ieee",
+    precision: str | Products = "ieee",
+    **switches: Any,
 ) -> Compiled:
     """The forward kernel for q, k, v of a dtype and of head dimensions D and E, as `launch` has it.
 
-    capability: 80, 90. Tensors are taken to be aligned to 16 bytes, rows to 16 elements.
+    capability: 80, 90. switches: of `constants`.
+    """
+    usual = {"has_lse": True, "has_statistics": True}
+    fixed = constants(made_for.spec, dims, tiles, precision, **{**usual, **switches})
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
+        **dict.fromkeys(("lse_ptr", "statistics_ptr", "entropy_ptr", "maximum_ptr"), "float32"),
+        **dict.fromkeys(("table_ptr", "blocks_ptr", "flags_ptr"), "int32"),
+        **dict.fromkeys(("alternative_table_ptr", "alternative_blocks_ptr"), "int32"),
+    }
+    kernel = getattr(loaded(forward_source(made_for)), FORWARD)
+    return compiled(kernel, made_for, types, fixed, tiles, capability)
+
+
+def compiled_decode(
+    made_for: Configuration,
+    dtype: str,
+    dims: tuple[int, int],
+    tiles: Tiles,
+    capability: int,
+    *,
+    split: bool,
+    precision: str | Products = "ieee",
+) -> tuple[Compiled, Compiled]:
+    """The kernel for few rows, and the one that adds splits up."""
+    module = loaded(decode_source(made_for))
+    shared = shared_constants(made_for.spec, dims, tiles)
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
+        **dict.fromkeys(("lse_ptr", "partial_ptr", "sums_ptr"), "float32"),
+    }
+    fixed = decode_constants(shared, split, True, precision)
+    return (
+        compiled(module.fused_decode, made_for, types, fixed, tiles, capability),
+        compiled(
+            module.combine_splits,
+            made_for,
+            types,
+            combine_constants(shared, True),
+            COMBINING,
+            capability,
+        ),
+    )
+
+
+def compiled_backward(
+    made_for: Configuration,
+    dtype: str,
+    dims: tuple[int, int],
+    tiles: BackwardTiles,
+    capability: int,
+    precision: str = "ieee",
+    chosen: Sequence[int] = (),
+) -> dict[str, Compiled]:
+    """The kernels of the backward pass by name; chosen: the operands that want a gradient."""
+    module = loaded(backward_source(made_for))
+    inputs = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    sums = ("statistics", "delta", "sink_sums", "row_sums", "column_sums", "sums", "bias")
+    types = {
+        **{f"{name}_ptr": dtype for name in inputs},
+        **{f"{name}_ptr": "float32" for name in sums},
+        **dict.fromkeys(("table_ptr", "blocks_ptr"), "int32"),
+    }
+    return {
+        name: compiled(
+            getattr(module, each.kernel), made_for, types, each.constants, each.tiles, capability
+        )
+        for name, each in specialized(made_for, dims, tiles, precision, chosen).items()
+    }
+
+
+def compiled(
+    kernel: Any,
+    made_for: Configuration,
+    types: Mapping[str, str],
+    fixed: Mapping[str, Any],
+    tiles: Tiles,
+    capability: int,
+) -> Compiled:
+    """A kernel of a generated module; types: what pointers lead to; fixed: its constants.
+
+    Tensors are taken to be aligned to 16 bytes, rows to 16 elements; other arguments are 32-bit.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = loaded(forward_source(made_for)).fused_qk_softmax_av
-    fixed = constants(
-        made_for.spec, dims, tiles, precision, has_lse=True, has_statistics=True, full_run=True
-    )
-    pointers = {
-        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
-        **dict.fromkeys(("lse_ptr", "statistics_ptr"), "float32"),
-        **dict.fromkeys(("table_ptr", "blocks_ptr"), "int32"),
-        **{f"operand{i}_ptr": name for i, name in enumerate(made_for.dtypes)},
-    }
+    pointers = {**types, **{f"operand{i}_ptr": name for i, name in enumerate(made_for.dtypes)}}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in fixed:
@@ -76,9 +168,9 @@ def compiled_forward(
             signature[name] = f"*{TYPES[pointers[name]]}"
         else:
             signature[name] = "i64" if name in made_for.params else "i32"
-        if name in pointers or re.fullmatch("stride_[qkvo][bhgmn]", name):
+        if name in pointers or re.fullmatch("stride_g?[qkvo][bhgmn]", name):
             aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=fixed, attrs=aligned)
+    source = ASTSource(kernel, signature, constexprs=dict(fixed), attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     built = triton.compile(source, target=target, options=options)

@@ -65,10 +65,11 @@ class TritonKernel:
         pass
 
     def source(self, problem: Problem) -> str | None:
-        return forward_source(configuration_of(problem))
+        plan = plan_of(problem, tiles_for(problem, self.target)[self.variant], self.target)
+        return "\n".join(plan.sources())
 
     def build(self, problem: Problem) -> Attention:
-        plan = plan_of(problem, tiles_for(problem, self.target)[self.variant])
+        plan = plan_of(problem, tiles_for(problem, self.target)[self.variant], self.target)
         text = plan.serialize()
 
         def attention(

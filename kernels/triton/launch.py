@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 
-from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.through_op import with_unit_stride
-from adaattn_compiler.kernels.triton.source import EMPTY_ROWS, Configuration, forward_source
-from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
+from adaattn_compiler.kernels.triton.source import (
+    EMPTY_ROWS,
+    ENTROPY,
+    FORWARD,
+    MIXED,
+    Configuration,
+    forward_source,
+)
+from adaattn_compiler.kernels.triton.tables import BlockTable
 from adaattn_compiler.spec import AttentionSpec, S
 
 _LOG2_E = 1.4426950408889634
@@ -34,6 +40,46 @@ class Tiles:
     stages: int = 2
 
 
+@dataclass(frozen=True)
+class Products:
+    """How q k^T and p v are multiplied.
+
+    Of float32 factors "ieee", "tf32x3" or "tf32"; "bf16", "fp16": factors are rounded to it first
+    (what float16 cannot hold becomes infinite).
+    """
+
+    qk: str = "ieee"
+    pv: str = "ieee"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What heads do instead whose flag is not 0.
+
+    flags: int32 [B|1,H|1], read on the device. table: other blocks of keys, for tiles of the same
+    size; None: the same. products: None: the same.
+    """
+
+    flags: torch.Tensor
+    table: BlockTable | None = None
+    products: Products | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is written beside the output where a tensor is given, contiguous and float32.
+
+    lse, entropy (of the weights, a sink's share one of them) and score_maximum (of the keys) in
+    natural units: [B,H,M]. statistics: [B,H,M,2], the score that weights are taken from, in the
+    kernel's units, and their sum, from which the backward pass starts.
+    """
+
+    lse: torch.Tensor | None = None
+    statistics: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    score_maximum: torch.Tensor | None = None
+
+
 def forward(
     made_for: Configuration,
     q_BHMD: torch.Tensor,
@@ -43,75 +89,200 @@ def forward(
     params: Sequence[int] = (),
     *,
     tiles: Tiles = Tiles(),
-    precision: str = "ieee",
+    precision: str | Products = "ieee",
     lse: torch.Tensor | None = None,
     statistics: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    score_maximum: torch.Tensor | None = None,
     table: BlockTable | None = None,
+    alternative: Alternative | None = None,
+    lazy: bool = False,
 ) -> torch.Tensor:
     """[B,H,M,E], laid out as [B,M,H,E].
 
-    precision: of products of float32 ("ieee", "tf32x3"). Written where they are given, contiguous
-    and float32: lse [B,H,M]; statistics [B,H,M,2], the largest score of each row, in the kernel's
-    units, and the sum of its weights, from which the backward pass starts. table: other blocks than
-    those of the spec's mask, for tiles of the same size.
+    table: the blocks of keys that rows meet, for tiles of the same size; without one they are those
+    of the mask's closed form. lazy: outputs are rescaled only when the maximum has grown by much.
+    For the rest see `Wanted`, `Alternative`.
     """
+    batch, heads, rows, _ = q_BHMD.shape
+    out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
+    wanted = Wanted(lse, statistics, entropy, score_maximum)
+    given = (q_BHMD, k_BGND, v_BGNE, out)
+    _launch(
+        made_for, given, operands, params, tiles, precision, wanted, table, alternative, lazy=lazy
+    )
+    return out
+
+
+def fused_entropy_estimate(
+    made_for: Configuration,
+    q_BHMD: torch.Tensor,
+    k_BGND: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int] = (),
+    *,
+    tiles: Tiles = Tiles(),
+    precision: str | Products = "ieee",
+    table: BlockTable | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(entropy, score_maximum, lse), float32 [B,H,M] each, as `Wanted` has them; without values."""
+    shape = q_BHMD.shape[:3]
+    entropy, maximum, lse = (q_BHMD.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    wanted = Wanted(lse, None, entropy, maximum)
+    _launch(
+        made_for, (q_BHMD, k_BGND, None, None), operands, params, tiles, precision, wanted, table
+    )
+    return entropy, maximum, lse
+
+
+def _launch(
+    made_for: Configuration,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    tiles: Tiles,
+    precision: str | Products,
+    wanted: Wanted,
+    table: BlockTable | None,
+    alternative: Alternative | None = None,
+    *,
+    lazy: bool = False,
+) -> None:
+    """given: q, k, v and the output to be written; the last two may be missing."""
     spec = made_for.spec
-    batch, heads, rows, head_dim = q_BHMD.shape
-    columns, value_dim = v_BGNE.shape[2:]
-    q_BHMD, k_BGND, v_BGNE = (with_unit_stride(tensor) for tensor in (q_BHMD, k_BGND, v_BGNE))
-    out = q_BHMD.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
-    if table is None:
-        sizes = (rows, columns, tiles.rows, tiles.keys)
-        table = block_table(
-            block_structure(spec.mask, *sizes, params), ragged=columns % tiles.keys != 0
+    q, k, v = (None if tensor is None else with_unit_stride(tensor) for tensor in given[:3])
+    assert q is not None
+    assert k is not None
+    out = given[3]
+    batch, heads, rows, head_dim = q.shape
+    columns = k.shape[2]
+    other = None if alternative is None else alternative.table or table
+    tables = [
+        None if tensor is None else tensor.to(q.device)
+        for tensor in (
+            None if table is None else table.table,
+            None if table is None else table.blocks,
+            None if alternative is None else alternative.flags,
+            None if other is None else other.table,
+            None if other is None else other.blocks,
         )
-    shared = table.table.to(q_BHMD.device)
-    kernel = launchable(loaded(forward_source(made_for)).fused_qk_softmax_av)
-    kernel[(-(-rows // tiles.rows), batch * heads)](
-        q_BHMD,
-        k_BGND,
-        v_BGNE,
+    ]
+    kernel = launchable(kernel_of(made_for, has_values=v is not None, alternative=alternative))
+    kernel[(-(-rows // tiles.rows) * batch * heads,)](
+        q,
+        k,
+        v,
         out,
-        lse,
-        statistics,
-        shared,
-        table.blocks.to(q_BHMD.device),
-        *q_BHMD.stride()[:3],
-        *k_BGND.stride()[:3],
-        *v_BGNE.stride()[:3],
-        *out.stride()[:3],
-        *(shared.stride(axis) if shared.shape[axis] > 1 else 0 for axis in (0, 1)),
+        wanted.lse,
+        wanted.statistics,
+        wanted.entropy,
+        wanted.score_maximum,
+        *tables,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *(stride for tensor in (v, out) for stride in _strides(tensor)),
+        *(stride for tensor in (tables[0], *tables[2:4]) for stride in broadcast_strides(tensor)),
         heads,
         rows,
         columns,
         *params,
-        *(part for o in map(with_unit_stride, operands) for part in (o, *o.stride()[:-1])),
+        *operand_arguments(operands),
         **constants(
             spec,
-            (head_dim, value_dim),
+            (head_dim, head_dim if v is None else v.shape[3]),
             tiles,
             precision,
-            has_lse=lse is not None,
-            has_statistics=statistics is not None,
-            full_run=table.full_run,
+            has_values=v is not None,
+            has_lse=wanted.lse is not None,
+            has_statistics=wanted.statistics is not None,
+            has_entropy=wanted.entropy is not None,
+            has_maximum=wanted.score_maximum is not None,
+            lazy=lazy,
+            listed=table is not None,
+            full_run=table is None or table.full_run,
+            has_flags=alternative is not None,
+            alternative=None if alternative is None else alternative.products,
+            alternative_listed=other is not None,
+            alternative_full_run=other is None or other.full_run,
         ),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return out
+
+
+def kernel_of(made_for: Configuration, *, has_values: bool, alternative: Alternative | None) -> Any:
+    """The forward kernel, by the name of what it is used for."""
+    name = FORWARD if has_values else ENTROPY
+    if alternative is not None and alternative.products is not None:
+        name = MIXED
+    return getattr(loaded(forward_source(made_for)), name)
+
+
+def _strides(tensor: torch.Tensor | None) -> Sequence[int]:
+    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+
+
+def broadcast_strides(tensor: torch.Tensor | None) -> Sequence[int]:
+    """Of the axes B and H, 0 where an axis has one element for all."""
+    if tensor is None:
+        return 0, 0
+    return tuple(tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in (0, 1))
+
+
+def operand_arguments(operands: Sequence[torch.Tensor]) -> list[Any]:
+    """Operands as kernels take them: each with the strides of all axes but the last."""
+    return [part for o in map(with_unit_stride, operands) for part in (o, *o.stride()[:-1])]
 
 
 def constants(
     spec: AttentionSpec,
     dims: tuple[int, int],
     tiles: Tiles,
-    precision: str,
+    precision: str | Products = "ieee",
     *,
-    has_lse: bool,
-    has_statistics: bool,
-    full_run: bool,
+    has_values: bool = True,
+    has_lse: bool = False,
+    has_statistics: bool = False,
+    has_entropy: bool = False,
+    has_maximum: bool = False,
+    lazy: bool = False,
+    listed: bool = False,
+    full_run: bool = True,
+    has_flags: bool = False,
+    alternative: Products | None = None,
+    alternative_listed: bool = False,
+    alternative_full_run: bool = True,
 ) -> dict[str, Any]:
     """What the forward kernel is specialized for."""
+    products = products_of(precision)
+    other = alternative or products
+    return {
+        **shared_constants(spec, dims, tiles),
+        "HAS_VALUES": has_values,
+        "HAS_LSE": has_lse,
+        "HAS_STATISTICS": has_statistics,
+        "HAS_ENTROPY": has_entropy,
+        "HAS_MAXIMUM": has_maximum,
+        "HAS_FLAGS": has_flags,
+        "QK": products.qk,
+        "PV": products.pv,
+        "ALTERNATIVE_QK": other.qk,
+        "ALTERNATIVE_PV": other.pv,
+        "LAZY": lazy,
+        "LISTED": listed,
+        "FULL_RUN": full_run,
+        "ALTERNATIVE_LISTED": alternative_listed,
+        "ALTERNATIVE_FULL_RUN": alternative_full_run,
+    }
+
+
+def products_of(precision: str | Products) -> Products:
+    """A precision of both products, or one of each."""
+    return Products(precision, precision) if isinstance(precision, str) else precision
+
+
+def shared_constants(spec: AttentionSpec, dims: tuple[int, int], tiles: Tiles) -> dict[str, Any]:
+    """What each template is specialized for; dims: D and E."""
     plain = spec.score == S
     return {
         "SCALE": spec.scale * _LOG2_E if plain else spec.scale,
@@ -121,18 +292,14 @@ def constants(
         "VALUE_DIM": dims[1],
         "HAS_SINK": spec.sink is not None,
         "EMPTY_ROW": EMPTY_ROWS[spec.empty_row],
-        "HAS_LSE": has_lse,
-        "HAS_STATISTICS": has_statistics,
-        "PRECISION": precision,
-        "FULL_RUN": full_run,
         "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.keys,
-        "BLOCK_D": _power_of_two(dims[0]),
-        "BLOCK_E": _power_of_two(dims[1]),
+        "BLOCK_D": power_of_two(dims[0]),
+        "BLOCK_E": power_of_two(dims[1]),
     }
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
     """The least that holds a size, and that tensor cores take."""
     return max(1 << (size - 1).bit_length(), 16)
 

@@ -15,8 +15,9 @@ import torch
 
 from adaattn_compiler.kernels.triton.launch import forward
 from adaattn_compiler.kernels.triton.launch_backward import backward
+from adaattn_compiler.kernels.triton.launch_decode import decode
 from adaattn_compiler.kernels.triton.plan import TritonPlan, tables_of
-from adaattn_compiler.kernels.triton.readings import differentiable
+from adaattn_compiler.kernels.triton.readings import readings
 from adaattn_compiler.kernels.triton.tables import BlockTable
 
 
@@ -66,6 +67,18 @@ def _forward(
     statistics: torch.Tensor | None = None,
 ) -> torch.Tensor:
     check(plan, q, k, v, operands, params)
+    if plan.splits:
+        return decode(
+            plan.made_for,
+            q,
+            k,
+            v,
+            operands,
+            params,
+            splits=plan.splits,
+            tiles=plan.tiles,
+            precision=plan.precision,
+        )
     on_device = _on_device(plan, q, k, tables)
     return forward(
         plan.made_for,
@@ -130,7 +143,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 def _gradients(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, out, statistics, *rest = ctx.saved_tensors
     operands, tables = rest[: ctx.operands], rest[ctx.operands :]
-    can = differentiable(TritonPlan.deserialize(ctx.plan).made_for.spec)
+    spec = TritonPlan.deserialize(ctx.plan).made_for.spec
+    can = {reading.operand for reading in readings(spec)}
     needed = ctx.needs_input_grad[3]
     wanted = [i in can and bool(needed[i]) for i in range(ctx.operands)]
     found = triton_attention_backward(
@@ -139,7 +153,7 @@ def _gradients(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[Any, ...]:
     of_operands = list(found[3:])
     spread = [of_operands.pop(0) if want else None for want in wanted]
     # An empty list counts as one of tensors, one of numbers does not.
-    nothing = None if ctx.params else []
+    nothing: list[Any] | None = None if ctx.params else []
     return (*found[:3], spread, nothing, [None] * ctx.tables, None)
 
 

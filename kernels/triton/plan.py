@@ -15,16 +15,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.problem import Problem
+from adaattn_compiler.kernels.triton.gradient_source import backward_source
 from adaattn_compiler.kernels.triton.launch import Tiles
 from adaattn_compiler.kernels.triton.launch_backward import (
     BackwardTiles,
     backward_tables,
     backward_tiles,
 )
+from adaattn_compiler.kernels.triton.launch_decode import splits_for, tiles_for_few_rows
 from adaattn_compiler.kernels.triton.ranges import ranges_are_exact
-from adaattn_compiler.kernels.triton.source import Configuration
+from adaattn_compiler.kernels.triton.source import (
+    Configuration,
+    decode_source,
+    forward_source,
+)
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
-from adaattn_compiler.spec import AttentionSpec
+from adaattn_compiler.spec import AttentionSpec, Load, k, q
 from adaattn_compiler.target import DeviceTarget
 
 
@@ -34,6 +40,7 @@ class TritonPlan:
 
     listed: the blocks that rows attend to stand in a table, not in a closed form (ranges.py).
     precision: of products of float32. backward: the tiles of the backward pass, where there is one.
+    splits: programs that share the keys of few rows (decode.py); 0 where rows are many.
     """
 
     made_for: Configuration
@@ -41,6 +48,7 @@ class TritonPlan:
     listed: bool = False
     precision: str = "ieee"
     backward: BackwardTiles | None = None
+    splits: int = 0
 
     def serialize(self) -> str:
         """One line of text from which `deserialize` makes an equal plan, in any process.
@@ -57,9 +65,17 @@ class TritonPlan:
                 "listed": self.listed,
                 "precision": self.precision,
                 "backward": None if self.backward is None else self.backward.numbers(),
+                "splits": self.splits,
                 "code": digest_of_code(),
             }
         )
+
+    def sources(self) -> list[str]:
+        """The modules that it runs."""
+        if self.splits:
+            return [decode_source(self.made_for)]
+        backward = [backward_source(self.made_for)] if self.backward else []
+        return [forward_source(self.made_for), *backward]
 
     @staticmethod
     @functools.cache
@@ -74,6 +90,7 @@ class TritonPlan:
                 fields["listed"],
                 fields["precision"],
                 None if fields["backward"] is None else BackwardTiles.of(fields["backward"]),
+                fields["splits"],
             )
         except (KeyError, TypeError, ValueError, SyntaxError) as error:
             raise ValueError(f"not a plan of a Triton kernel: {text[:80]!r}") from error
@@ -93,16 +110,25 @@ def configuration_of(problem: Problem) -> Configuration:
     return Configuration(problem.spec, tuple(names))
 
 
-def plan_of(problem: Problem, tiles: Tiles) -> TritonPlan:
-    """The plan of a problem with such tiles.
+def plan_of(problem: Problem, tiles: Tiles, target: DeviceTarget) -> TritonPlan:
+    """The plan of a problem with such tiles on a device.
 
     Where sizes are known only at run time, closed forms serve: they hold for any.
     """
     made_for, shape = configuration_of(problem), problem.shape
+    if _has_few_rows(problem):
+        batch, _, columns = shape.hints
+        splits = splits_for(batch, shape.kv_heads, columns, target.multiprocessors)
+        return TritonPlan(made_for, tiles, splits=splits)
     backward = None
     if problem.requires_grad:
         backward = backward_tiles(shape.head_dim, shape.value_dim, problem.dtype)
     return TritonPlan(made_for, tiles, _is_listed(problem, tiles), backward=backward)
+
+
+def _has_few_rows(problem: Problem) -> bool:
+    rows = problem.shape.rows
+    return rows is not None and rows <= _FEW_ROWS and not problem.requires_grad
 
 
 @functools.lru_cache(maxsize=256)
@@ -128,11 +154,14 @@ def tables_of(plan: TritonPlan, rows: int, columns: int) -> tuple[BlockTable, ..
 
 # -- tiles -----------------------------------------------------------------------------------------
 
+# At most so many rows count as few: the keys are then divided among programs.
+_FEW_ROWS = 16
+
 # By capability and by the wider of the head dimensions, for tensors of 16 bits: what compiles
 # without spills, the likeliest first.
 _TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
     8: (
-        (64, (Tiles(128, 64, 4, 3), Tiles(128, 32, 4, 4), Tiles(64, 64, 4, 3))),
+        (64, (Tiles(128, 64, 8, 3), Tiles(128, 32, 4, 4), Tiles(64, 64, 4, 3))),
         (128, (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 2))),
         (256, (Tiles(64, 32, 8, 2),)),
     ),
@@ -140,6 +169,19 @@ _TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
         (64, (Tiles(128, 128, 8, 3), Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3))),
         (128, (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3))),
         (256, (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2))),
+    ),
+}
+# Where the score or mask reads a tensor for each row and key: its addresses take registers.
+_ELEMENT_TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
+    8: (
+        (64, (Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2))),
+        (128, (Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2))),
+        (256, (Tiles(32, 32, 8, 2),)),
+    ),
+    9: (
+        (64, (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2))),
+        (128, (Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2))),
+        (256, (Tiles(64, 32, 8, 2),)),
     ),
 }
 # float32 takes twice the memory, and its products by ordinary instructions many registers.
@@ -157,11 +199,20 @@ def tiles_for(problem: Problem, target: DeviceTarget) -> tuple[Tiles, ...]:
     """
     assert target.capability is not None
     halves = problem.dtype in (torch.float16, torch.bfloat16)
-    table = _TILES[9 if target.capability[0] == 9 else 8] if halves else _WIDE_TILES
-    widest = max(problem.shape.head_dim, problem.shape.value_dim)
+    shape = problem.shape
+    widest = max(shape.head_dim, shape.value_dim)
+    if _has_few_rows(problem):
+        pairs = problem.spec.group * shape.hints[1]
+        return (tiles_for_few_rows(pairs, widest, problem.dtype.itemsize),)
+    by_capability = _ELEMENT_TILES if _reads_elements(problem.spec) else _TILES
+    table = by_capability[9 if target.capability[0] == 9 else 8] if halves else _WIDE_TILES
     found = next(tiles for width, tiles in table if widest <= width)
     if halves and target.capability == (8, 9) and widest > 64:
         found = (Tiles(64, 32, 8, 2),)  # less shared memory than sm_80
-    rows = problem.shape.hints[1]
-    fitting = tuple(tiles for tiles in found if tiles.rows < 2 * max(rows, 32))
+    fitting = tuple(tiles for tiles in found if tiles.rows < 2 * max(shape.hints[1], 32))
     return fitting or found[-1:]
+
+
+def _reads_elements(spec: AttentionSpec) -> bool:
+    loads = spec.score.atoms(Load) | spec.mask.atoms(Load)
+    return any(load.has(q) and load.has(k) for load in loads)

@@ -11,13 +11,17 @@ from pathlib import Path
 import sympy
 
 from adaattn_compiler.kernels.triton.expressions import Tile
+from adaattn_compiler.kernels.triton.ranges import Interval, key_ranges
 from adaattn_compiler.predicates import describe
 from adaattn_compiler.spec import AttentionSpec, EmptyRow
 
 _FOLDER = Path(__file__).parent
 # The functions that expressions call, with the imports of a generated module.
 FUNCTIONS = (_FOLDER / "functions.py").read_text()
+_TILE = (_FOLDER / "tile.py").read_text()
+_SOFTMAX = (_FOLDER / "softmax.py").read_text()
 _FORWARD = (_FOLDER / "forward.py").read_text()
+_DECODE = (_FOLDER / "decode.py").read_text()
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,33 @@ EMPTY_ROWS = {
 }
 
 
+# The forward kernel; without values; with products of another precision for some heads.
+FORWARD, ENTROPY, MIXED = "fused_qk_softmax_av", "fused_entropy_estimate", "fused_mixed_precision"
+
+
 @functools.cache
 def forward_source(made_for: Configuration) -> str:
-    """A module with the kernel `fused_qk_softmax_av`. NoCode: an expression has no form."""
-    docstring, template = _parts(_FORWARD)
+    """A module with the kernels FORWARD, ENTROPY and MIXED. NoCode: an expression has no form."""
+    visits, kernel = _FORWARD.split(f"@triton.jit\ndef {FORWARD}(")
+    kernels = (f"@triton.jit\ndef {name}({kernel}" for name in (FORWARD, ENTROPY, MIXED))
+    return module_source(made_for, visits + "\n\n".join(kernels), _SOFTMAX)
+
+
+@functools.cache
+def decode_source(made_for: Configuration) -> str:
+    """A module with the kernels `fused_decode` and `combine_splits`. NoCode: as above."""
+    return module_source(made_for, _DECODE, _SOFTMAX)
+
+
+def module_source(made_for: Configuration, *templates: str) -> str:
+    """A module of templates, headed by their docstrings. NoCode: an expression has no form."""
     parts = (
-        _heading(made_for, docstring),
+        _heading(made_for, "\n\n".join(_parts(template)[0] for template in templates)),
         "import triton\nimport triton.language as tl",
         _parts(FUNCTIONS)[1],
         _generated(made_for),
-        template,
+        _parts(_TILE)[1],
+        *(_parts(template)[1] for template in templates),
     )
     arguments = (*made_for.params, *made_for.operands)
 
@@ -95,12 +116,20 @@ def _heading(made_for: Configuration, docstring: str) -> str:
 def _generated(made_for: Configuration) -> str:
     spec, tile = made_for.spec, Tile(made_for.dtypes)
     sink = -sympy.oo if spec.sink is None else spec.sink
+    ranges = key_ranges(spec.mask)
     functions = (
         _function("score_of", "S, b, h, q, k, q_inside, k_inside", tile.printed(spec.score)),
         _function("mask_of", "b, h, q, k, q_inside, k_inside", tile.printed(spec.mask)),
         _function("sink_of", "b, h, q, q_inside", tile.printed(sink)),
+        _function("some_keys", "b, h, first, last", _printed(ranges.some, tile)),
+        _function("every_key", "b, h, first, last", _printed(ranges.every, tile)),
     )
     return "\n\n\n".join(functions)
+
+
+def _printed(interval: Interval, tile: Tile) -> str:
+    ends = (tile.printed(sympy.sympify(end)) for end in (interval.low, interval.high))
+    return ", ".join(ends)
 
 
 def _function(name: str, arguments: str, body: str) -> str:

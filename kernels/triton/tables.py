@@ -50,3 +50,12 @@ def block_table(structure: BlockStructure, ragged: bool) -> BlockTable:
     table = torch.stack([full_first, full_count, cut_first, cut_count], -1)
     blocks = listed if len(listed) else torch.zeros(1)
     return BlockTable(table.to(torch.int32)[None, None], blocks.to(torch.int32), run)
+
+
+def key_table(structure: BlockStructure, ragged: bool) -> BlockTable:
+    """The same from the keys' side: which blocks of rows each block of keys meets.
+
+    ragged: the last block of rows has fewer than the others. (Keys beyond the last have results of
+    their own, which nobody stores.)
+    """
+    return block_table(BlockStructure(structure.partial.mT, structure.full.mT), ragged)

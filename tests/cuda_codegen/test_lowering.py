@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_capture import Captured, captured, cuda, fake_gpu
+from cuda_capture import Captured, Launch, captured, cuda, fake_gpu, training_launches
 from torch.testing import FileCheck
 
+from adaattn_compiler.kernels import choose
 from adaattn_compiler.options import Options
+from adaattn_compiler.target import TARGETS
 
 OURS = Options(kernels=("triton",))
-# Bytes of shared memory that a program may have.
+# Bytes of shared memory that a program may have, and what multiplies tiles.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
+PRODUCTS = {80: "mma.sync", 90: "wgmma"}
 
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -99,12 +102,25 @@ def test_site_becomes_one_launch_that_compiles(name: str) -> None:
     FileCheck().check_count("adaattn.triton_attention", 1, exactly=True).run(found.rewritten)
     FileCheck().check_not("softmax").check_not("scaled_dot_product").run(found.rewritten)
     assert_launches_once(found)
-    for capability, shared in SHARED.items():
-        compiled = found.launches[0].compiled(capability)
-        assert compiled.spills == 0
-        assert compiled.shared_memory <= shared
-        if "fp32" not in name:
-            assert ("wgmma" if capability == 90 else "mma.sync") in compiled.ptx
+    assert_good_code(found.launches[0], 90, tensor_cores="fp32" not in name)
+
+
+@pytest.mark.parametrize("name", ["causal d128", "sinks", "causal fp32"])
+def test_site_compiles_for_an_a100(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "target_here", lambda: TARGETS["A100"])
+    function, make = CASES[name]
+    with fake_gpu(), torch.no_grad():
+        found = captured(function, *make(), options=OURS)
+    assert_launches_once(found)
+    assert_good_code(found.launches[0], 80, tensor_cores="fp32" not in name)
+
+
+def assert_good_code(launch: Launch, capability: int, tensor_cores: bool = True) -> None:
+    compiled = launch.compiled(capability)
+    assert compiled.spills == 0
+    assert compiled.shared_memory <= SHARED[capability]
+    if tensor_cores:
+        assert PRODUCTS[capability] in compiled.ptx
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "padded", "sinks"])
@@ -116,6 +132,56 @@ def test_lengths_at_run_time_take_the_same_kernel(name: str) -> None:
     assert_launches_once(found)
     grid = found.launches[0].arguments
     assert grid["M"] is not None
+
+
+TRAINED = ["causal", "window", "softcap", "grouped", "biased", "sinks", "listed"]
+
+
+def wanting_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.requires_grad_() if a.is_floating_point() else a for a in args)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_becomes_launches_that_compile(name: str) -> None:
+    function, make = CASES[name]
+    with fake_gpu():
+        found = captured(function, *wanting_gradients(make()), options=OURS)
+        forward, backward = training_launches(found)
+    assert [site.reason for site in found.sites] == [None]
+    FileCheck().check_count("ops.adaattn.triton_attention_training", 1, exactly=True).run(
+        found.rewritten
+    )
+    assert [launch.name for launch in forward] == ["fused_qk_softmax_av"]
+    assert forward[0].written == ("out_ptr", "statistics_ptr")
+    names = [launch.name for launch in backward]
+    assert names[:3] == ["attention_row_terms", "attention_grad_q", "attention_grad_kv"]
+    assert ("attention_grad_bias" in names) == (name == "biased")
+    for launch in (*forward, *backward):
+        assert_good_code(launch, 90, tensor_cores=launch.name != "attention_row_terms")
+
+
+def test_training_with_lengths_at_run_time_takes_the_same_kernels() -> None:
+    with fake_gpu():
+        found = captured(window, *wanting_gradients(inputs()), options=OURS, dynamic=True)
+    assert [site.reason for site in found.sites] == [None]
+    FileCheck().check_count("ops.adaattn.triton_attention_training", 1, exactly=True).run(
+        found.rewritten
+    )
+
+
+@pytest.mark.parametrize(("groups", "keys"), [(4, 512), (1, 512), (4, 65536), (1, 65536)])
+def test_few_rows_have_a_kernel_of_their_own(groups: int, keys: int) -> None:
+    def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    with fake_gpu(), torch.no_grad():
+        q, k, v = (cuda(1, heads, length, 128) for heads, length in ((4, 1), *[(groups, keys)] * 2))
+        found = captured(decoding, q, k, v, options=OURS)
+    assert [site.reason for site in found.sites] == [None]
+    names = [launch.name for launch in found.launches]
+    assert names == ["fused_decode", "combine_splits"]
+    for launch in found.launches:
+        assert_good_code(launch, 90, tensor_cores=False)
 
 
 def test_table_of_blocks_is_made_once_for_all_layers() -> None:

@@ -16,17 +16,24 @@ from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.kernels.triton.launch import Tiles, forward
 from adaattn_compiler.kernels.triton.source import Configuration
-from adaattn_compiler.kernels.triton.tables import block_table
+from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, k
 
 SMALL = Tiles(32, 16)
 
 
-def through(problem: Problem, tiles: Tiles = SMALL, seed: int = 0) -> torch.Tensor:
-    tensors, operands = random_inputs(problem, seed)
+def through(problem: Problem, table: BlockTable | None = None) -> torch.Tensor:
+    tensors, operands = random_inputs(problem)
     dtypes = tuple(str(o.dtype).removeprefix("torch.") for o in operands)
     made_for = Configuration(problem.spec, dtypes)
-    return forward(made_for, *tensors, operands, problem.param_hints, tiles=tiles)
+    return forward(made_for, *tensors, operands, problem.param_hints, tiles=SMALL, table=table)
+
+
+def table_of(problem: Problem) -> BlockTable:
+    _, *sizes = problem.shape.hints
+    blocks = (SMALL.rows, SMALL.keys)
+    structure = block_structure(problem.spec.mask, *sizes, *blocks, problem.param_hints)
+    return block_table(structure, ragged=sizes[1] % SMALL.keys != 0)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +76,18 @@ def test_full_blocks_that_do_not_follow_each_other() -> None:
     chunks = sympy.Eq(sympy.Mod(sympy.floor(k / 32), 2), 0)
     spec = AttentionSpec(0.3, mask=sympy.Or(chunks, sympy.Lt(k, 40)))
     problem = dataclasses.replace(problem_of("plain", columns=150), spec=spec)
-    table = block_table(block_structure(spec.mask, 90, 150, 32, 16), ragged=True)
+    table = table_of(problem)
     assert not table.full_run
     exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
+    assert_as_accurate(through(problem, table), eager, exact)
     assert_as_accurate(through(problem), eager, exact)
+
+
+@pytest.mark.parametrize("name", ["window", "causal padding nan", "prefix at run time"])
+def test_table_and_closed_form_are_alike(name: str) -> None:
+    problem = problem_of(name)
+    by_table, by_form = through(problem, table_of(problem)), through(problem)
+    assert torch.allclose(by_table, by_form, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["causal", "sink", "sink of masked rows", "causal padding nan"])

@@ -17,6 +17,9 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -125,7 +128,10 @@ def captured(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> Captured:
-    """Capture a function of CUDA tensors, rewrite it, and go on to where Inductor would begin."""
+    """Capture a function of CUDA tensors, rewrite it, and go on to where Inductor would begin.
+
+    With gradients on it ends with the rewritten graph.
+    """
     torch.compiler.reset()
     analyses: list[Analysis] = []
     graphs: list[fx.GraphModule] = []
@@ -139,8 +145,12 @@ def captured(
         with unset_fake_temporarily():  # as when Dynamo calls a backend
             analysis = rewrite(graph_module, inputs, options or Options())
         analyses.append(analysis)
+        module = analysis.graph_module or graph_module
+        if torch.is_grad_enabled():  # autograd's engine wants a device: see backward_launches
+            run: Callable[..., Any] = module.forward
+            return run
         compiled: Callable[..., Any] = aot_module_simplified(
-            analysis.graph_module or graph_module,
+            module,
             inputs,
             fw_compiler=inductor,
             bw_compiler=inductor,
@@ -150,3 +160,46 @@ def captured(
 
     result = torch.compile(function, backend=backend, dynamic=dynamic)(*args, **kwargs)
     return Captured(tuple(analyses), tuple(graphs), result)
+
+
+def training_launches(found: Captured) -> tuple[list[Launch], list[Launch]]:
+    """The launches, forward and backward, of the one site of a graph that trains."""
+    op = torch.ops.adaattn.triton_attention_training
+    module = found.analyses[0].graph_module
+    assert module is not None
+    (node,) = module.graph.find_nodes(op="call_function", target=op)
+    q, k, v, operands, params, tables, plan = fx.map_arg(
+        node.args, lambda arg: _again(arg.meta["example_value"])
+    )
+    out, statistics = map(_again, node.meta["example_value"])
+    wanted = [operand.is_floating_point() for operand in operands]
+
+    given = (q, k, v, operands, params, tables)
+    before = (q, k, v, out, statistics, operands, params, tables, wanted, plan)
+    with torch.no_grad():
+        forward = _traced(op, *given, plan)
+        backward = _traced(
+            torch.ops.adaattn.triton_attention_backward, torch.empty_like(out), *before
+        )
+    return list(launches_of(forward)), list(launches_of(backward))
+
+
+def _traced(op: Any, *args: Any) -> fx.GraphModule:
+    """What AOTAutograd makes of a call of an op."""
+    leaves, structure = pytree.tree_flatten(args)
+
+    def call(*leaves: Any) -> Any:
+        with FunctionalTensorMode():
+            given = pytree.tree_unflatten(leaves, structure)
+            result = op(*pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, given))
+        return pytree.tree_map_only(
+            FunctionalTensor, lambda tensor: tensor.from_functional(), result
+        )
+
+    return make_fx(call)(*leaves)
+
+
+def _again(tensor: torch.Tensor) -> torch.Tensor:
+    """One like it, of the fake tensors that are made now."""
+    like = {"dtype": tensor.dtype, "device": tensor.device}
+    return torch.empty_strided(tensor.shape, tensor.stride(), **like)
