@@ -18,21 +18,6 @@ import triton.language as tl
 
 
 @triton.jit
-def blocks_between(b, h, offs_m, M, N, OPERANDS, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(start, full_start, full_stop, stop): blocks of keys to visit, and those wholly attended."""
-    first = tl.min(offs_m, 0)
-    last = tl.minimum(first + BLOCK_M, M) - 1
-    low, high = some_keys(b, h, first, last, M, N, OPERANDS)
-    full_low, full_high = every_key(b, h, first, last, M, N, OPERANDS)
-    start = tl.maximum(low, 0) // BLOCK_N
-    stop = tl.maximum(tl.cdiv(tl.maximum(tl.minimum(high + 1, N), 0), BLOCK_N), start)
-    full_start = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_low, 0), BLOCK_N), start), stop)
-    full_stop = tl.maximum(tl.minimum(full_high + 1, N), 0) // BLOCK_N
-    full_stop = tl.maximum(tl.minimum(full_stop, stop), full_start)
-    return start, full_start, full_stop, stop
-
-
-@triton.jit
 def visit_blocks(
     acc,
     l_i,
@@ -46,6 +31,7 @@ def visit_blocks(
     table_ptr,
     blocks_ptr,
     taken,
+    row_block,
     b,
     h,
     offs_m,
@@ -69,15 +55,9 @@ def visit_blocks(
     BLOCK_E: tl.constexpr,
 ):
     """All blocks of keys that the tile meets; none where taken is 0."""
-    if LISTED:
-        full_first, full_count = tl.load(table_ptr), tl.load(table_ptr + 1)
-        cut_first, cut_count = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
-    else:
-        cut_first, full_first, full_stop, stop = blocks_between(
-            b, h, offs_m, M, N, OPERANDS, BLOCK_M, BLOCK_N
-        )
-        full_count = full_stop - full_first
-        cut_count = stop - cut_first - full_count
+    full_first, full_count, cut_first, cut_count = blocks_of_keys(
+        table_ptr, row_block, b, h, M, N, OPERANDS, LISTED, BLOCK_M, BLOCK_N
+    )
     for i in range(full_first, full_first + full_count * taken):
         block = i if FULL_RUN else tl.load(blocks_ptr + i)
         # fmt: off
@@ -89,7 +69,7 @@ def visit_blocks(
         )
         # fmt: on
     for i in range(cut_first, cut_first + cut_count * taken):
-        block = tl.load(blocks_ptr + i) if LISTED else tl.where(i < full_first, i, i + full_count)
+        block = cut_block(i, blocks_ptr, full_first, full_count, LISTED)
         # fmt: off
         acc, l_i, m_i, t_i = visit_block(
             acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn, block * BLOCK_N,
@@ -194,7 +174,8 @@ def fused_qk_softmax_av(
         # fmt: off
         acc, l_i, m_i, t_i = visit_blocks(
             acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn,
-            alternative_table_ptr, alternative_blocks_ptr, 1 - taken, b, h, offs_m, M, N, OPERANDS,
+            alternative_table_ptr, alternative_blocks_ptr, 1 - taken,
+            row_block, b, h, offs_m, M, N, OPERANDS,
             ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, SCALE, UNIT, ALTERNATIVE_QK, ALTERNATIVE_PV,
             LAZY, HAS_ENTROPY, HAS_VALUES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )
@@ -202,7 +183,7 @@ def fused_qk_softmax_av(
     # fmt: off
     acc, l_i, m_i, t_i = visit_blocks(
         acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn,
-        table_ptr, blocks_ptr, taken, b, h, offs_m, M, N, OPERANDS,
+        table_ptr, blocks_ptr, taken, row_block, b, h, offs_m, M, N, OPERANDS,
         LISTED, FULL_RUN, SCALE, UNIT, QK, PV,
         LAZY, HAS_ENTROPY, HAS_VALUES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )

@@ -122,7 +122,8 @@ def plan_of(problem: Problem, tiles: Tiles, target: DeviceTarget) -> TritonPlan:
         return TritonPlan(made_for, tiles, splits=splits)
     backward = None
     if problem.requires_grad:
-        backward = backward_tiles(shape.head_dim, shape.value_dim, problem.dtype)
+        dims = (shape.head_dim, shape.value_dim)
+        backward = backward_tiles(*dims, problem.dtype, _generation(target))
     return TritonPlan(made_for, tiles, _is_listed(problem, tiles), backward=backward)
 
 
@@ -160,12 +161,12 @@ _FEW_ROWS = 16
 # By capability and by the wider of the head dimensions, for tensors of 16 bits: what compiles
 # without spills, the likeliest first.
 _TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
-    8: (
+    80: (
         (64, (Tiles(128, 64, 8, 3), Tiles(128, 32, 4, 4), Tiles(64, 64, 4, 3))),
         (128, (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 2))),
         (256, (Tiles(64, 32, 8, 2),)),
     ),
-    9: (
+    90: (
         (64, (Tiles(128, 128, 8, 3), Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3))),
         (128, (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3))),
         (256, (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2))),
@@ -173,12 +174,12 @@ _TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
 }
 # Where the score or mask reads a tensor for each row and key: its addresses take registers.
 _ELEMENT_TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
-    8: (
+    80: (
         (64, (Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2))),
         (128, (Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2))),
         (256, (Tiles(32, 32, 8, 2),)),
     ),
-    9: (
+    90: (
         (64, (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2))),
         (128, (Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2))),
         (256, (Tiles(64, 32, 8, 2),)),
@@ -197,7 +198,6 @@ def tiles_for(problem: Problem, target: DeviceTarget) -> tuple[Tiles, ...]:
 
     Tiles of more rows than there are would be empty for the most part.
     """
-    assert target.capability is not None
     halves = problem.dtype in (torch.float16, torch.bfloat16)
     shape = problem.shape
     widest = max(shape.head_dim, shape.value_dim)
@@ -205,12 +205,18 @@ def tiles_for(problem: Problem, target: DeviceTarget) -> tuple[Tiles, ...]:
         pairs = problem.spec.group * shape.hints[1]
         return (tiles_for_few_rows(pairs, widest, problem.dtype.itemsize),)
     by_capability = _ELEMENT_TILES if _reads_elements(problem.spec) else _TILES
-    table = by_capability[9 if target.capability[0] == 9 else 8] if halves else _WIDE_TILES
+    table = by_capability[_generation(target)] if halves else _WIDE_TILES
     found = next(tiles for width, tiles in table if widest <= width)
     if halves and target.capability == (8, 9) and widest > 64:
         found = (Tiles(64, 32, 8, 2),)  # less shared memory than sm_80
     fitting = tuple(tiles for tiles in found if tiles.rows < 2 * max(shape.hints[1], 32))
     return fitting or found[-1:]
+
+
+def _generation(target: DeviceTarget) -> int:
+    """The capability whose tiles a device takes: 80 or 90."""
+    assert target.capability is not None
+    return 90 if target.capability >= (9, 0) else 80
 
 
 def _reads_elements(spec: AttentionSpec) -> bool:

@@ -156,8 +156,11 @@ def finished(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The rows' results; of those without a key what EMPTY_ROW says."""
-    empty = m_i == float("-inf")
+    """The rows' results; of those without a key, whose sum is 0, what EMPTY_ROW says.
+
+    Not by the maximum: that of scores that are all NaN is -inf as well.
+    """
+    empty = l_i == 0.0
     out = acc / l_i[:, None]
     if EMPTY_ROW == "zero":
         out = tl.where(empty[:, None], 0.0, out)
@@ -181,7 +184,7 @@ def log_sum_exp(l_i, m_i, UNIT: tl.constexpr):
 def entropy_of(l_i, m_i, t_i, N, EMPTY_ROW: tl.constexpr):
     """In nats: log(N) where values are averaged, 0 where nothing is attended to."""
     entropy = (tl.log2(l_i) - t_i / l_i) / LOG2_E
-    empty = m_i == float("-inf")
+    empty = l_i == 0.0
     if EMPTY_ROW == "zero":
         entropy = tl.where(empty, 0.0, entropy)
     elif EMPTY_ROW == "nan":

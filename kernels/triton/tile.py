@@ -1,7 +1,7 @@
-"""What the templates share: tiles of the inputs and of the scores.
+"""What the templates share: tiles of the inputs and of the scores, and which blocks meet a tile.
 
-source.py puts it before each template. `score_of`, `mask_of` and the arguments OPERANDS are written
-there.
+source.py puts it before each template. `score_of`, `mask_of`, `some_keys`, `every_key` and the
+arguments OPERANDS are written there.
 """
 
 import triton
@@ -70,3 +70,51 @@ def scores_of_block(
         keep = k_inside & mask_of(b, h, q, k, q_inside, k_inside, M, N, OPERANDS)
         score = tl.where(keep, score, float("-inf"))
     return S, score
+
+
+@triton.jit
+def listed_blocks(table_ptr):
+    """(full_first, full_count, cut_first, cut_count) of a line of a table."""
+    full_first, full_count = tl.load(table_ptr), tl.load(table_ptr + 1)
+    return full_first, full_count, tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+
+
+@triton.jit
+def blocks_between(low, high, full_low, full_high, length, BLOCK: tl.constexpr):
+    """The same of positions: some are attended from low to high, every one from full_low to
+    full_high. What is cut lies before and after what is full, counted as if that were not there."""
+    start = tl.maximum(low, 0) // BLOCK
+    stop = tl.maximum(tl.cdiv(tl.maximum(tl.minimum(high + 1, length), 0), BLOCK), start)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_low, 0), BLOCK), start), stop)
+    full_stop = tl.maximum(tl.minimum(full_high + 1, length), 0) // BLOCK
+    full_count = tl.maximum(tl.minimum(full_stop, stop) - full_first, 0)
+    return full_first, full_count, start, stop - start - full_count
+
+
+@triton.jit
+def blocks_of_keys(
+    table_ptr,
+    row_block,
+    b,
+    h,
+    M,
+    N,
+    OPERANDS,
+    LISTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Those that a block of rows meets."""
+    if LISTED:
+        return listed_blocks(table_ptr)
+    first = row_block * BLOCK_M
+    last = tl.minimum(first + BLOCK_M, M) - 1
+    low, high = some_keys(b, h, first, last, M, N, OPERANDS)
+    full_low, full_high = every_key(b, h, first, last, M, N, OPERANDS)
+    return blocks_between(low, high, full_low, full_high, N, BLOCK_N)
+
+
+@triton.jit
+def cut_block(i, blocks_ptr, full_first, full_count, LISTED: tl.constexpr):
+    """The i-th of those that are cut."""
+    return tl.load(blocks_ptr + i) if LISTED else tl.where(i < full_first, i, i + full_count)

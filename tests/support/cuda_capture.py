@@ -165,6 +165,7 @@ def captured(
 def training_launches(found: Captured) -> tuple[list[Launch], list[Launch]]:
     """The launches, forward and backward, of the one site of a graph that trains."""
     op = torch.ops.adaattn.triton_attention_training
+    op_backward = torch.ops.adaattn.triton_attention_backward
     module = found.analyses[0].graph_module
     assert module is not None
     (node,) = module.graph.find_nodes(op="call_function", target=op)
@@ -178,9 +179,7 @@ def training_launches(found: Captured) -> tuple[list[Launch], list[Launch]]:
     before = (q, k, v, out, statistics, operands, params, tables, wanted, plan)
     with torch.no_grad():
         forward = _traced(op, *given, plan)
-        backward = _traced(
-            torch.ops.adaattn.triton_attention_backward, torch.empty_like(out), *before
-        )
+        backward = _traced(op_backward, torch.empty_like(out), *before)
     return list(launches_of(forward)), list(launches_of(backward))
 
 
