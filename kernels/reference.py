@@ -132,6 +132,24 @@ def _attention(
     dropped: Dropped | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(result, log-sum-exp [B,H,M]); dropped: applied to the weights."""
+    scores = _scores(q, k, operands, params, spec, rows_of)
+    weights, has_key, sums = _weights(scores, spec)
+    weights = weights[..., : k.shape[2]].to(v.dtype)
+    if dropped is not None:
+        weights = dropped(weights, 0 if rows_of is None else rows_of[0])
+    values_BHNE = v.repeat_interleave(spec.group, 1)
+    return _with_empty_rows(weights @ values_BHNE, has_key, values_BHNE, spec), sums
+
+
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[Any],
+    spec: AttentionSpec,
+    rows_of: tuple[int, int] | None,
+) -> torch.Tensor:
+    """[B,H,M,N], -inf outside the mask; with a sink that is one more column."""
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]
     first, every = rows_of or (0, rows)
@@ -154,15 +172,18 @@ def _attention(
         )
         column = sink.expand(batch, heads, rows, 1)
         scores = torch.cat([scores, column], -1)
+    return scores
+
+
+def _weights(
+    scores: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weights, which rows have a score, log-sum-exp)."""
     has_key = (scores != float("-inf")).any(-1, keepdim=True)
     sums = torch.logsumexp(scores, -1)
     if spec.empty_row is EmptyRow.ZERO:  # such rows have no gradient: not that of NaN
         scores = torch.where(has_key, scores, torch.zeros((), dtype=scores.dtype))
-    weights = torch.softmax(scores, -1)[..., :columns].to(v.dtype)
-    if dropped is not None:
-        weights = dropped(weights, first)
-    values_BHNE = v.repeat_interleave(spec.group, 1)
-    return _with_empty_rows(weights @ values_BHNE, has_key, values_BHNE, spec), sums
+    return torch.softmax(scores, -1), has_key, sums
 
 
 def _with_empty_rows(
@@ -174,3 +195,38 @@ def _with_empty_rows(
     if spec.empty_row is EmptyRow.ZERO:
         return torch.where(has_key, out, torch.zeros((), dtype=out.dtype))
     return torch.where(has_key, out, v.mean(-2, keepdim=True))
+
+
+def lowrank_attention(
+    qkv: Sequence[torch.Tensor],
+    centroids: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+    params: Sequence[Any],
+    spec: AttentionSpec,
+    near: torch.Tensor,
+    far: torch.Tensor,
+) -> torch.Tensor:
+    """Attention to near keys exactly, and to far blocks of keys by their centroids.
+
+    centroids: k [B,G,J,C,D], v [B,G,J,C,E] and log_count [B,G,J,C] of J blocks of keys. near: bool,
+    expands to [B,H,M,N], the keys that rows attend to themselves, of those in the mask. far: bool,
+    expands to [B,H,M,J], the blocks whose centroids they attend to,
+
+        score_jc = score(scale * q k_jc) + log_count_jc
+
+    weighed together with the scores of keys and the sink, in one softmax.
+    """
+    q, k, v = qkv
+    k_far, v_far, log_count = (
+        tensor.flatten(2, 3).repeat_interleave(spec.group, 1) for tensor in centroids
+    )
+    keys = _scores(q, k, operands, params, spec, None)
+    keys[..., : k.shape[2]].masked_fill_(~near, float("-inf"))
+    product = q @ k_far.transpose(-1, -2) * spec.scale
+    scores = evaluate_dense(spec.score, {S: product}, operands, params) + log_count[:, :, None]
+    every = far.repeat_interleave(centroids[0].shape[3], -1)
+    scores = scores.masked_fill(~every, float("-inf")).to(keys.dtype)
+    weights, has_key, _ = _weights(torch.cat([scores, keys], -1), spec)
+    values = torch.cat([v_far, v.repeat_interleave(spec.group, 1)], 2)
+    out = weights[..., : values.shape[2]].to(v.dtype) @ values
+    return _with_empty_rows(out, has_key, v.repeat_interleave(spec.group, 1), spec)

@@ -28,11 +28,13 @@ from adaattn_compiler.kernels.triton.launch_decode import (
     combine_constants,
     decode_constants,
 )
+from adaattn_compiler.kernels.triton.launch_lowrank import lowrank_constants
 from adaattn_compiler.kernels.triton.source import (
     FORWARD,
     Configuration,
     decode_source,
     forward_source,
+    lowrank_source,
 )
 
 # By the name that a torch dtype has without "torch.".
@@ -117,6 +119,30 @@ def compiled_decode(
     )
 
 
+def compiled_lowrank(
+    made_for: Configuration,
+    dtype: str,
+    dims: tuple[int, int],
+    tiles: Tiles,
+    capability: int,
+    centroids: int,
+    precision: str | Products = "ieee",
+    **switches: Any,
+) -> Compiled:
+    """The kernel with a far field of so many centroids to a block; switches: its constants'."""
+    tensors = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_far_ptr", "v_far_ptr")
+    types = {
+        **dict.fromkeys(tensors, dtype),
+        **dict.fromkeys(("lse_ptr", "log_count_ptr"), "float32"),
+        **dict.fromkeys(("near_ptr", "near_blocks_ptr", "far_ptr", "far_blocks_ptr"), "int32"),
+    }
+    fixed = lowrank_constants(
+        made_for.spec, dims, tiles, precision, centroids=centroids, **switches
+    )
+    kernel = loaded(lowrank_source(made_for)).fused_lowrank_attention
+    return compiled(kernel, made_for, types, fixed, tiles, capability)
+
+
 def compiled_backward(
     made_for: Configuration,
     dtype: str,
@@ -168,7 +194,7 @@ def compiled(
             signature[name] = f"*{TYPES[pointers[name]]}"
         else:
             signature[name] = "i64" if name in made_for.params else "i32"
-        if name in pointers or re.fullmatch("stride_g?[qkvo][bhgmn]", name):
+        if name in pointers or re.fullmatch("stride_g?[qkvo]f?[bhgmn]", name):
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=dict(fixed), attrs=aligned)
     target = GPUTarget("cuda", capability, 32)

@@ -20,45 +20,6 @@ import triton.language as tl
 
 
 @triton.jit
-def store_rows(
-    out_ptr,
-    lse_ptr,
-    out_rows,
-    row,
-    inside,
-    acc,
-    l_i,
-    m_i,
-    v_ptr,
-    stride_vn,
-    b,
-    h,
-    q,
-    M,
-    N,
-    OPERANDS,
-    UNIT: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    HAS_SINK: tl.constexpr,
-    EMPTY_ROW: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """Rows whose keys have all been met; out_rows: where they begin in the output."""
-    if HAS_SINK:
-        sink = tl.cast(sink_of(b, h, q, q < M, M, N, OPERANDS), tl.float32)
-        acc, l_i, m_i, _ = with_sink(acc, l_i, m_i, tl.zeros_like(l_i), sink, UNIT)
-    out = finished(acc, l_i, m_i, v_ptr, stride_vn, N, EMPTY_ROW, VALUE_DIM, BLOCK_N, BLOCK_E)
-    dims = tl.arange(0, BLOCK_E)
-    places = out_ptr + out_rows[:, None] + dims[None, :]
-    wanted = inside[:, None] & (dims < VALUE_DIM)[None, :]
-    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=wanted)
-    if HAS_LSE:
-        tl.store(lse_ptr + row, log_sum_exp(l_i, m_i, UNIT), mask=inside)
-
-
-@triton.jit
 def fused_decode(
     q_ptr,  # [B,H,M,D]
     k_ptr,  # [B,G,N,D]

@@ -50,6 +50,48 @@ def weighted(p, x):
 
 
 @triton.jit
+def weigh_block(
+    acc,
+    l_i,
+    m_i,
+    t_i,
+    score,
+    v_ptr,
+    stride_vn,
+    offs_n,
+    inside,
+    UNIT: tl.constexpr,
+    PV: tl.constexpr,
+    LAZY: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A block whose scores are known, with the values of the rows offs_n, of those inside."""
+    m_new = tl.maximum(m_i, tl.max(score, 1))
+    if LAZY:
+        grown = has_grown(m_i, m_new, UNIT)
+        m_new = tl.where(grown, m_new, m_i)
+    m_safe, shift = shifted(m_i, m_new, UNIT)
+    x = (score - m_safe[:, None]) * UNIT
+    p = tl.exp2(x)
+    alpha = tl.exp2(shift)
+    if HAS_ENTROPY:
+        t_i = weighted(alpha, t_i + l_i * shift) + tl.sum(weighted(p, x), 1)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if HAS_VALUES:
+        v_tile = load_rows(v_ptr, offs_n, stride_vn, inside, VALUE_DIM, BLOCK_E)
+        if LAZY:
+            if grown:
+                acc = acc * alpha[:, None]
+        else:
+            acc = acc * alpha[:, None]
+        acc = product(p.to(v_tile.dtype), v_tile, acc, PV)
+    return acc, l_i, m_new, t_i
+
+
+@triton.jit
 def visit_block(
     acc,
     l_i,
@@ -95,26 +137,12 @@ def visit_block(
         CUT, SCALE, QK,
     )
     # fmt: on
-    m_new = tl.maximum(m_i, tl.max(score, 1))
-    if LAZY:
-        grown = has_grown(m_i, m_new, UNIT)
-        m_new = tl.where(grown, m_new, m_i)
-    m_safe, shift = shifted(m_i, m_new, UNIT)
-    x = (score - m_safe[:, None]) * UNIT
-    p = tl.exp2(x)
-    alpha = tl.exp2(shift)
-    if HAS_ENTROPY:
-        t_i = weighted(alpha, t_i + l_i * shift) + tl.sum(weighted(p, x), 1)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    if HAS_VALUES:
-        v_tile = load_rows(v_ptr, offs_n, stride_vn, inside, VALUE_DIM, BLOCK_E)
-        if LAZY:
-            if grown:
-                acc = acc * alpha[:, None]
-        else:
-            acc = acc * alpha[:, None]
-        acc = product(p.to(v_tile.dtype), v_tile, acc, PV)
-    return acc, l_i, m_new, t_i
+    # fmt: off
+    return weigh_block(
+        acc, l_i, m_i, t_i, score, v_ptr, stride_vn, offs_n, inside,
+        UNIT, PV, LAZY, HAS_ENTROPY, HAS_VALUES, VALUE_DIM, BLOCK_E,
+    )
+    # fmt: on
 
 
 @triton.jit
@@ -199,3 +227,42 @@ def largest_score(l_i, m_i, UNIT: tl.constexpr):
     """In natural units; NaN where a score is, which maxima leave out and sums do not."""
     unknown = (l_i != l_i) & (m_i != float("inf"))
     return tl.where(unknown, float("nan"), m_i * (UNIT / LOG2_E))
+
+
+@triton.jit
+def store_rows(
+    out_ptr,
+    lse_ptr,
+    out_rows,
+    row,
+    inside,
+    acc,
+    l_i,
+    m_i,
+    v_ptr,
+    stride_vn,
+    b,
+    h,
+    q,
+    M,
+    N,
+    OPERANDS,
+    UNIT: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    EMPTY_ROW: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Rows whose keys have all been met; out_rows: where they begin in the output."""
+    if HAS_SINK:
+        sink = tl.cast(sink_of(b, h, q, q < M, M, N, OPERANDS), tl.float32)
+        acc, l_i, m_i, _ = with_sink(acc, l_i, m_i, tl.zeros_like(l_i), sink, UNIT)
+    out = finished(acc, l_i, m_i, v_ptr, stride_vn, N, EMPTY_ROW, VALUE_DIM, BLOCK_N, BLOCK_E)
+    dims = tl.arange(0, BLOCK_E)
+    places = out_ptr + out_rows[:, None] + dims[None, :]
+    wanted = inside[:, None] & (dims < VALUE_DIM)[None, :]
+    tl.store(places, out.to(out_ptr.dtype.element_ty), mask=wanted)
+    if HAS_LSE:
+        tl.store(lse_ptr + row, log_sum_exp(l_i, m_i, UNIT), mask=inside)

@@ -22,6 +22,7 @@ _TILE = (_FOLDER / "tile.py").read_text()
 _SOFTMAX = (_FOLDER / "softmax.py").read_text()
 _FORWARD = (_FOLDER / "forward.py").read_text()
 _DECODE = (_FOLDER / "decode.py").read_text()
+_LOWRANK = (_FOLDER / "lowrank.py").read_text()
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,13 @@ def forward_source(made_for: Configuration) -> str:
 def decode_source(made_for: Configuration) -> str:
     """A module with the kernels `fused_decode` and `combine_splits`. NoCode: as above."""
     return module_source(made_for, _DECODE, _SOFTMAX)
+
+
+@functools.cache
+def lowrank_source(made_for: Configuration) -> str:
+    """A module with the kernel `fused_lowrank_attention`. NoCode: as above."""
+    visits, _ = _FORWARD.split(f"@triton.jit\ndef {FORWARD}(")
+    return module_source(made_for, _LOWRANK, visits, _SOFTMAX)
 
 
 def module_source(made_for: Configuration, *templates: str) -> str:

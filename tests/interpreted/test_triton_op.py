@@ -33,8 +33,9 @@ def test_op_is_what_its_module_defines() -> None:
     assert OPS.triton_attention.default in (op.triton_attention._opoverload,)
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["closed form", "listed"])
-@pytest.mark.parametrize("name", ["causal", "gqa", "sink", "softcap"])
+@pytest.mark.parametrize(
+    ("name", "listed"), [("causal", True), ("gqa", False), ("sink", True)], ids=str
+)
 def test_op_is_as_accurate_as_eager(name: str, listed: bool) -> None:
     problem = problem_of(name)
     tensors, operands = random_inputs(problem)
@@ -55,8 +56,9 @@ def test_few_rows_are_divided_among_programs() -> None:
     assert_as_accurate(ours, oracle(problem, torch.float32), oracle(problem, torch.float64))
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["closed form", "listed"])
-@pytest.mark.parametrize("name", ["causal", "alibi", "sink", "dense bias", "padding"])
+@pytest.mark.parametrize(
+    ("name", "listed"), [("causal", True), ("dense bias", False), ("sink", False)], ids=str
+)
 def test_gradients_are_as_accurate_as_eager(name: str, listed: bool) -> None:
     problem = dataclasses.replace(problem_of(name), requires_grad=True)
     tensors, operands = random_inputs(problem)

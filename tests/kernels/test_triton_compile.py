@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, S, h, k, q
 
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
+# Products of tiles, of 16-bit factors.
+PRODUCTS = {
+    80: r"mma\.sync\S*\.(\w+)\.b?f16\.b?f16",
+    90: r"wgmma\.mma_async\S*\.(\w+)\.b?f16\.b?f16",
+}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -53,7 +59,9 @@ def test_operand_without_a_form_is_refused() -> None:
 def assert_good_code(compiled: Compiled, capability: int) -> None:
     assert compiled.spills == 0
     assert compiled.shared_memory <= SHARED[capability]
-    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in compiled.ptx
+    products = re.findall(PRODUCTS[capability], compiled.ptx)
+    assert products
+    assert set(products) == {"f32"}  # what products are added up in
 
 
 # Tiles that public kernels of this kind take, and as many stages.
