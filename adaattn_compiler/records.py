@@ -33,7 +33,8 @@ class SiteRecord:
     reason: why it was not lowered; None where it was.
     spelling: how the model writes it: "sdpa", "softmax", ...
     mask: in words: "causal & window(512)", "key padding", "none", ...
-    kernel: what computes it: "sdpa", "strips", "flex" or "cpp".
+    kernel: what computes it: "sdpa", "strips", "flex" or "cpp"; on a GPU "sdpa", "cudnn", "flash",
+    "efficient" or "triton".
     decision: how exactly it is computed; always "exact" so far.
     shape: sizes as captured, "B1 H8 G2 M64 N64 D32": batch, query heads, key/value heads, query
     length, key length, head dimension; E, the head dimension of V, where it differs.
