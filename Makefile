@@ -19,6 +19,7 @@ VENV ?= .venv
 REQUIREMENTS ?= requirements/cpu.txt
 CUDA_VENV ?= .venv-cuda
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -46,20 +47,24 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	touch $@
 
 # `pytest`, not `python -m pytest`, which would put the root on sys.path (see pyproject.toml).
-# Triton is either interpreted or compiled throughout a process: first the former.
+# Triton is either interpreted or compiled throughout a process: first the former. Files side by side.
+TESTING := --numprocesses $(TEST_PROCESSES) --dist loadfile
+
 test: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted --cov --cov-report= --cov-fail-under=0
-	$(BIN)/pytest --cov --cov-append --cov-report=term $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted --numprocesses $(TEST_PROCESSES) \
+		--cov --cov-report= --cov-fail-under=0
+	$(BIN)/pytest $(TESTING) --cov --cov-append --cov-report=term $(PYTEST_ARGS)
 
 # Beside the capture of CUDA graphs: the older torch and Triton on what runs without a GPU.
-SMOKE_TESTS := tests/kernels/test_kernels.py tests/kernels/test_choose.py tests/kernels/test_triton_compile.py \
-	tests/passes/test_graphs.py tests/passes/test_near_misses.py tests/end_to_end/test_families.py
+SMOKE_TESTS := tests/kernels/test_choose.py tests/kernels/test_triton_compile.py \
+	tests/kernels/test_triton_decode_compile.py tests/passes/test_graphs.py \
+	tests/passes/test_near_misses.py tests/end_to_end/test_edges.py
 
 test-cuda-codegen:
 	$(MAKE) venv VENV=$(CUDA_VENV) REQUIREMENTS=requirements/cuda.txt
-	$(CUDA_BIN)/pytest tests/cuda_codegen $(PYTEST_ARGS)
-	$(CUDA_BIN)/pytest $(SMOKE_TESTS) $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(CUDA_BIN)/pytest tests/interpreted $(PYTEST_ARGS)
+	$(CUDA_BIN)/pytest $(TESTING) tests/cuda_codegen $(PYTEST_ARGS)
+	$(CUDA_BIN)/pytest $(TESTING) $(SMOKE_TESTS) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(CUDA_BIN)/pytest tests/interpreted --numprocesses $(TEST_PROCESSES) $(PYTEST_ARGS)
 
 lint: style types layers
 

@@ -159,7 +159,7 @@ def _scores(
     partial = rows_of is not None
     product = q @ k.repeat_interleave(spec.group, 1).transpose(-1, -2) * spec.scale
     values[S] = product
-    scores = evaluate_dense(spec.score, values, operands, params, partial=partial)
+    scores: torch.Tensor = evaluate_dense(spec.score, values, operands, params, partial=partial)
     mask = torch.as_tensor(
         evaluate_dense(spec.mask, values, operands, params, partial=partial), device=q.device
     )

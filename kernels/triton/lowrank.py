@@ -148,11 +148,7 @@ def fused_lowrank_attention(
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + group * stride_kg
     v_ptr += batch * stride_vb + group * stride_vg
-    k_far_ptr += batch * stride_kfb + group * stride_kfg
-    v_far_ptr += batch * stride_vfb + group * stride_vfg
-    log_count_ptr += batch * stride_cb + group * stride_cg
     near_ptr += b * stride_nb + h * stride_nh + row_block * 4
-    far_ptr += b * stride_fb + h * stride_fh + row_block * 2
 
     offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_inside = offs_m < M
@@ -168,7 +164,14 @@ def fused_lowrank_attention(
         True, FULL_RUN, SCALE, UNIT, QK, PV,
         LAZY, False, True, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )
+    # fmt: on
+    # Only here: registers are few.
+    k_far_ptr += batch * stride_kfb + group * stride_kfg
+    v_far_ptr += batch * stride_vfb + group * stride_vfg
+    log_count_ptr += batch * stride_cb + group * stride_cg
+    far_ptr += b * stride_fb + h * stride_fh + row_block * 2
     far_first, far_count = tl.load(far_ptr), tl.load(far_ptr + 1)
+    # fmt: off
     for first in range(far_first, far_first + far_count, BLOCK_N // CENTROIDS):
         acc, l_i, m_i, t_i = visit_centroids(
             acc, l_i, m_i, t_i, q_tile, k_far_ptr, v_far_ptr, log_count_ptr, stride_kfn, stride_vfn,

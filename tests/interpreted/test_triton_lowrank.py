@@ -71,10 +71,17 @@ def listed(problem: Problem, tables: Tables) -> tuple[torch.Tensor, torch.Tensor
     return by_row[:1], by_row[1:]
 
 
-def exactly(problem: Problem, tables: Tables, centroids: int, dtype: torch.dtype) -> torch.Tensor:
+def exactly(
+    problem: Problem,
+    tables: Tables,
+    centroids: int | Pooled,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """The definition, of the same centroids, in a dtype."""
     tensors, operands = random_inputs(problem)
-    means = pooled(*tensors[1:], SMALL.keys, centroids)
+    means = centroids
+    if isinstance(means, int):
+        means = pooled(*tensors[1:], SMALL.keys, means)
     near, far = listed(problem, tables)
     near = near.repeat_interleave(SMALL.keys, -1)[..., : problem.shape.hints[2]]
     return lowrank_attention(
@@ -190,14 +197,20 @@ def test_heads_are_near_and_far_each_their_own() -> None:
     assert_as_defined(problem, tables, 2)
 
 
-def test_centroids_lie_where_they_lie() -> None:
+def test_centroids_of_heads_have_weights_of_their_own() -> None:
     problem = problem_named("gqa", rows=20)
+    problem = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, mask=sympy.true))
     (_, k_, v), _ = random_inputs(problem)
     means = pooled(k_, v, SMALL.keys, 2)
+    log_count = torch.randn(means.log_count.shape)
+    log_count[0, 1, 2, 0] = log_count[1, 0, 3] = float("-inf")
+    # Where they lie is another matter.
     parts = (means.k.mT.contiguous().mT, means.v.transpose(1, 2).contiguous().transpose(1, 2))
-    strided = Pooled(*parts, means.log_count.contiguous())
-    tables = tables_of(problem, 0)
-    assert torch.equal(through(problem, tables, 2, pooled=strided), through(problem, tables, 2))
+    weighed, tables = Pooled(*parts, log_count), tables_of(problem, 0)
+    exact, eager = (
+        exactly(problem, tables, weighed, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    assert_as_accurate(through(problem, tables, 2, pooled=weighed), eager, exact)
 
 
 # -- centroids and tables --------------------------------------------------------------------------
