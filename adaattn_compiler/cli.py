@@ -30,6 +30,7 @@ _TAKES = {
     "attention": ("batch", "length", "dtype", "heads", "kv_heads", "head_dim"),
 }
 _SIZES = {"batch": 1, "length": 1024, "heads": 8, "head_dim": 64}
+_LARGEST = 1 << 30
 
 _EPILOG = """\
 examples:
@@ -146,8 +147,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    if not text.isdecimal() or not 0 < int(text) <= _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {_LARGEST}")
     return int(text)
 
 

@@ -121,6 +121,8 @@ def explain(
     """
     ours, _ = parse_options(options)
     device = target_named(target) if isinstance(target, str) else target
+    if not isinstance(device, (DeviceTarget, type(None))):
+        raise ValueError(f"target {target!r}: a name such as 'H200' or 'sm_90', or a DeviceTarget")
     asked = Asked(source, True, device)
     if not ours.enabled:
         return Explanation((), (_DISABLED,), 0)

@@ -84,7 +84,8 @@ def prepare(problem: Problem, options: Options) -> None:
 def choose(problem: Problem, options: Options) -> Choice:
     """The best kernel for a problem; Refusal, with each kernel's reason, where none can take it."""
     candidates = _candidates(problem, options)
-    if len(candidates.kernels) == 1 or not _measures(problem, options):
+    settled = len(candidates.kernels) == 1 and not candidates.kernels[0].only_measured
+    if settled or not _measures(problem, options):
         return _built([*candidates.kernels, *candidates.others], problem, candidates.why)
     return _fastest(candidates, problem, options)
 
@@ -105,7 +106,7 @@ def _candidates(problem: Problem, options: Options) -> _Candidates:
         return _Candidates(able, why=f"the only one that can ({'; '.join(unable)})")
     costs = {kernel: kernel.cost(problem) for kernel in able}
     able.sort(key=lambda kernel: costs[kernel])
-    ready = [kernel for kernel in able if kernel.seconds_to_build == 0]
+    ready = [k for k in able if k.seconds_to_build == 0 and not k.only_measured]
     if ready and costs[ready[0]] < _SMALL:
         return _Candidates(ready[:1], why="least cost by estimate, and too small to measure")
     near = [
@@ -162,7 +163,7 @@ def _built(able: list[Kernel], problem: Problem, why: str) -> Choice:
             failures.append(f"{kernel.label} could not be built: {first_line(error)}")
             continue
         return Choice(kernel, why if not failures else "; ".join(failures))
-    raise Refusal("; ".join(failures))
+    raise Refusal("; ".join(failures) or "none of the kernels that can take it runs here")
 
 
 def _fastest(candidates: _Candidates, problem: Problem, options: Options) -> Choice:
@@ -178,13 +179,15 @@ def _fastest(candidates: _Candidates, problem: Problem, options: Options) -> Cho
         times = found.times
         if times and found.steady:
             table.put(key, times)
+    # What failed when it was run may be what only running could tell.
+    rest = [k for k in (*near, *candidates.others) if k.label not in times and not k.only_measured]
     if not times:
-        return _built([*near, *candidates.others], problem, candidates.why)
-    order = sorted(near, key=lambda kernel: times.get(kernel.label, float("inf")))
+        return _built(rest, problem, candidates.why)
+    ran = [kernel for kernel in near if kernel.label in times]
+    order = sorted(ran, key=lambda kernel: times[kernel.label]) + rest
     others = ", ".join(
         f"{name} {1e3 * t:.2f} ms" for name, t in sorted(times.items(), key=lambda i: i[1])
     )
-    order += candidates.others
     choice = _built(order, problem, f"measured: {others}")
     return Choice(choice.kernel, choice.why, tuple(sorted(times.items())))
 

@@ -36,7 +36,7 @@ class Printer(abc.ABC):
         if expression in (sympy.true, sympy.false):
             return self.truth(expression == sympy.true)
         if expression.is_Symbol:
-            return str(expression)
+            return self.symbol(expression)
         if expression.is_number:
             return self.number(expression)
         if isinstance(expression, Load):
@@ -99,6 +99,10 @@ class Printer(abc.ABC):
     @abc.abstractmethod
     def is_whole_operand(self, operand: int) -> bool:
         """Whether the elements of an operand are whole numbers (or truths) here."""
+
+    def symbol(self, symbol: Any) -> str:
+        """A position, a size or a number known at run time."""
+        return str(symbol)
 
     # -- what is the same in all -------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from adaattn_compiler.kernels.evaluate import (
 )
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
 from adaattn_compiler.kernels.through_op import FILLED_ROWS, fills_rows
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, k, q
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, k, q
 
 CAUSAL = sympy.Ge(q - k, 0)
 
@@ -49,6 +49,8 @@ class SdpaKernel:
             return FILLED_ROWS
         if spec.bias is None:
             return "SDPA has no score function but a sum"
+        if _rounds_bias(problem):
+            return f"its mask on {problem.device} is {problem.dtype}, the bias is not"
         return None
 
     def cost(self, problem: Problem) -> float:
@@ -56,7 +58,8 @@ class SdpaKernel:
         spec, work = problem.spec, problem.work()
         if spec.dropout_p > 0:
             return work * 4
-        if problem.dtype.itemsize < 4 and problem.shape.hints[1] <= _FEW_ROWS:
+        few = problem.shape.hints[1] <= _FEW_ROWS
+        if problem.device == "cpu" and problem.dtype.itemsize < 4 and few:
             return work * _HALVES_OF_FEW_ROWS
         if spec.mask == CAUSAL and spec.bias == 0:
             return work * 0.6
@@ -160,5 +163,18 @@ def _four_axes(bias: Any, expression: Any, problem: Problem) -> Any:
 
 
 def _mask_dtype(problem: Problem) -> torch.dtype:
-    """float32 beside half precision, so that a bias is not rounded more than in the model."""
-    return problem.dtype if problem.dtype == torch.float64 else torch.float32
+    """float32 beside half precision, so that a bias is not rounded more than in the model; not on
+    CUDA, whose kernels take masks of the queries' dtype only."""
+    if problem.dtype == torch.float64 or problem.device != "cpu":
+        return problem.dtype
+    return torch.float32
+
+
+def _rounds_bias(problem: Problem) -> bool:
+    """Whether a bias would lose digits as a mask: one that is more than a tensor of that dtype."""
+    bias = problem.spec.bias
+    if _mask_dtype(problem).itemsize >= 4 or bias == 0:
+        return False
+    if not isinstance(bias, Load):
+        return True
+    return problem.dtypes_of_operands()[int(bias.args[0])] != problem.dtype

@@ -107,11 +107,13 @@ class Emitter:
         return self.copies[self.before].prev
 
     def _note_new(self, after: fx.Node) -> None:
+        first = len(self.new)
         node = after.next
         while node is not self.copies[self.before]:
             self.new.append(node)
-            node.meta["example_value"] = self._fake_value(node)
             node = node.next
+        for written in self.new[first:]:  # all are known before one of them fails
+            written.meta["example_value"] = self._fake_value(written)
 
     def _fake_value(self, node: fx.Node) -> Any:
         """What the node yields, on fake tensors, as Dynamo notes it of its own nodes."""

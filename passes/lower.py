@@ -165,6 +165,9 @@ def problem_of(site: Site) -> Problem:
     )
     dtypes = [meta_of(node).dtype for node in (q_node, site.k.access.node, v_node)]
     dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
+    result = meta_of(site.output).dtype
+    if site.spelling == "sdpa" and result.itemsize < dtype.itemsize:
+        dtype = result  # autocast rounds what SDPA is given
     return Problem(
         site.spec,
         shape,
@@ -201,6 +204,13 @@ def _call(
         if side.distance is None
         else _distance_operand(emitter, site, side.distance, sizes)
         for side in site.sides
+    ]
+    device = meta_of(site.q.access.node).device
+    operands = [  # numbers on the CPU may stand beside tensors elsewhere
+        operand
+        if operand.meta["example_value"].device == device
+        else emitter.method("to", operand, device)
+        for operand in operands
     ]
     tensors = []
     for operand in (site.q, site.k, site.v):

@@ -81,8 +81,11 @@ def fused_decode(
     q_tile = load_at(q_rows, inside, HEAD_DIM, BLOCK_D)
 
     low, high = some_keys(b, h, q, q, M, N, OPERANDS)
-    low = tl.min(tl.maximum(low, tl.zeros_like(rows) + first_key), 0).to(tl.int32)
-    high = tl.max(tl.minimum(high, tl.zeros_like(rows) + last_key - 1), 0).to(tl.int32)
+    # Numbers of run time may be of 64 bits: within the keys first.
+    nothing = tl.zeros_like(rows)
+    low = tl.minimum(tl.maximum(low, nothing + first_key), nothing + last_key)
+    high = tl.maximum(tl.minimum(high, nothing + last_key - 1), nothing - 1)
+    low, high = tl.min(low, 0).to(tl.int32), tl.max(high, 0).to(tl.int32)
     first_block = low // BLOCK_N
     beyond = tl.maximum(tl.cdiv(tl.maximum(high + 1, 0), BLOCK_N), first_block)
     share = tl.cdiv(beyond - first_block, splits)

@@ -8,6 +8,7 @@ last axis of an operand is contiguous. Helper functions are those of functions.p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,6 +47,10 @@ class Tile(Printer):
         sympy.Abs: lambda parts: f"tl.abs({parts[0]})",
         sympy.tanh: lambda parts: f"tanh({parts[0]})",
     }
+
+    def symbol(self, symbol: Any) -> str:
+        # Triton takes a number of run time for one of 32 bits where it fits.
+        return self.wide(str(symbol)) if re.fullmatch(r"p\d+", str(symbol)) else str(symbol)
 
     def truth(self, value: bool) -> str:
         return str(value)

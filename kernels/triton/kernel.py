@@ -14,7 +14,9 @@ from adaattn_compiler.kernels.printing import NoCode
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
 from adaattn_compiler.kernels.through_op import code_refusal
 from adaattn_compiler.kernels.triton.launch_backward import gradient_refusal
+from adaattn_compiler.kernels.triton.op import DTYPES
 from adaattn_compiler.kernels.triton.plan import (
+    FEW_ROWS,
     TritonPlan,
     configuration_of,
     plan_of,
@@ -23,13 +25,12 @@ from adaattn_compiler.kernels.triton.plan import (
 from adaattn_compiler.kernels.triton.source import forward_source
 from adaattn_compiler.target import DeviceTarget
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 256
 # Positions are 32-bit in the generated code.
 _LONGEST = 1 << 30
 _LEAST_CAPABILITY = (8, 0)
 # Beside SDPA's own, where nothing was measured.
-_TIME, _LESS_LIKELY = 1.2, 0.01
+_TIME, _TIME_OF_FEW_ROWS, _LESS_LIKELY = 1.2, 0.8, 0.01
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class TritonKernel:
         structure = block_structure(
             problem.spec.mask, rows, columns, tiles.rows, tiles.keys, problem.param_hints
         )
-        return problem.work(density(structure)) * (_TIME + _LESS_LIKELY * self.variant)
+        factor = _TIME_OF_FEW_ROWS if rows <= FEW_ROWS else _TIME
+        return problem.work(density(structure)) * (factor + _LESS_LIKELY * self.variant)
 
     def prepare(self, problem: Problem) -> None:
         pass
@@ -105,7 +107,7 @@ def _refusal(problem: Problem, target: DeviceTarget) -> str | None:
         return "Triton is not installed"
     if target.capability is None or target.capability < _LEAST_CAPABILITY:
         return f"not for {target.name}: sm_80 and later"
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in DTYPES:
         return f"not for {problem.dtype}"
     if max(shape.head_dim, shape.value_dim) > _WIDEST_HEAD:
         return f"not for head dimensions above {_WIDEST_HEAD}"

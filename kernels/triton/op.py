@@ -20,6 +20,9 @@ from adaattn_compiler.kernels.triton.plan import TritonPlan, tables_of
 from adaattn_compiler.kernels.triton.readings import readings
 from adaattn_compiler.kernels.triton.tables import BlockTable
 
+# Of q, k and v.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @torch.library.triton_op("adaattn::triton_attention", mutates_args=())
 def triton_attention(
@@ -53,6 +56,8 @@ def triton_attention_training(
     """The same, with a gradient: the result, and float32 statistics [B,H,M,2]."""
     statistics = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
     found = TritonPlan.deserialize(plan)
+    if found.splits or found.backward is None:
+        raise ValueError("the plan has no backward pass: it was made for inference")
     return _forward(q, k, v, operands, params, tables, found, statistics), statistics
 
 
@@ -194,6 +199,9 @@ def _on_device(
             f"{len(tables)} tables for a plan that lists its blocks: the {2 * len(known)} of "
             "adaattn::triton_tables are wanted"
         )
+    shapes = [part.shape for table in known for part in _parts(table)]
+    if [table.shape for table in tables] != shapes:
+        raise ValueError(f"tables of other sizes than {q.shape[2]} rows and {k.shape[2]} keys")
     pairs = zip(tables[::2], tables[1::2], known, strict=True)
     return [BlockTable(table, blocks, like.full_run) for table, blocks, like in pairs]
 
@@ -211,6 +219,8 @@ def check(
 ) -> None:
     """ValueError for what would read wild memory. Sizes known only at run time are the caller's."""
     spec = plan.made_for.spec
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q is {q.dtype}: the kernels take {', '.join(map(str, DTYPES))}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4 or tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(
@@ -234,5 +244,8 @@ def check(
     if found != list(plan.made_for.dtypes) or ranks != [o.rank for o in spec.operands]:
         wanted = list(zip(plan.made_for.dtypes, (o.rank for o in spec.operands), strict=True))
         raise ValueError(f"operands {found} of {ranks} axes: {wanted} are wanted")
+    for operand in operands:
+        if operand.device != q.device:
+            raise ValueError(f"an operand is on {operand.device}, q on {q.device}")
     if len(params) != spec.params:
         raise ValueError(f"{len(params)} run-time numbers instead of {spec.params}")

@@ -129,7 +129,7 @@ def plan_of(problem: Problem, tiles: Tiles, target: DeviceTarget) -> TritonPlan:
 
 def _has_few_rows(problem: Problem) -> bool:
     rows = problem.shape.rows
-    return rows is not None and rows <= _FEW_ROWS and not problem.requires_grad
+    return rows is not None and rows <= FEW_ROWS and not problem.requires_grad
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,7 +156,7 @@ def tables_of(plan: TritonPlan, rows: int, columns: int) -> tuple[BlockTable, ..
 # -- tiles -----------------------------------------------------------------------------------------
 
 # At most so many rows count as few: the keys are then divided among programs.
-_FEW_ROWS = 16
+FEW_ROWS = 16
 
 # By capability and by the wider of the head dimensions, for tensors of 16 bits: what compiles
 # without spills, the likeliest first.

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_capture import Captured, Launch, captured, cuda, fake_gpu, training_launches
+from families import FAMILIES, output
 from torch.testing import FileCheck
 
 from adaattn_compiler.kernels import choose
@@ -213,3 +214,65 @@ def test_what_no_kernel_takes_is_left_to_inductor() -> None:
     assert found.sites[0].reason is not None
     assert "not for head dimensions above 256" in found.sites[0].reason
     assert not found.launches
+
+
+# -- what users write ------------------------------------------------------------------------------
+
+
+def test_number_on_the_cpu_is_brought_to_the_gpu() -> None:
+    def scaled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        keys = torch.arange(k.shape[2], device=k.device)
+        return (q @ k.mT * 0.125).masked_fill(keys >= n, float("-inf")).softmax(-1) @ v
+
+    with fake_gpu(), torch.no_grad():
+        found = captured(scaled, *inputs(), torch.tensor(100), options=OURS)
+    assert [site.reason for site in found.sites] == [None]
+    operand = found.launches[0].arguments["operand0_ptr"]
+    assert operand.meta["val"].device.type == "cuda"
+
+
+def test_site_that_cannot_be_written_leaves_the_others() -> None:
+    def two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return (q @ k.mT + n).softmax(-1) @ first
+
+    with fake_gpu(), torch.no_grad():
+        found = captured(two, *inputs(), torch.zeros(()), options=Options(kernels=("sdpa",)))
+    assert len(found.sites) == 2
+    assert found.sites[0].lowered
+
+
+def test_autocast_is_kept() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    q, k, v = (torch.randn(1, 2, 64, 32) for _ in range(3))
+    with torch.no_grad():
+        found = captured(attention, q, k, v, options=Options(kernels=("sdpa",)))
+    assert [site.reason for site in found.sites] == [None]
+    assert found.result.dtype == torch.bfloat16
+    FileCheck().check_count("call_method[target=to]", 3, exactly=True).run(found.rewritten)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "t5", "gpt_oss", "gemma2"])
+def test_family_is_lowered(name: str, implementation: str) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    if implementation not in family.implementations:
+        pytest.skip("the family does not have it")
+    given = family.inputs()
+    with fake_gpu(), torch.no_grad():
+        with torch.device("cuda"):
+            model = family.model(implementation)
+        tensors = (isinstance(value, torch.Tensor) for value in given.values())
+        moved = {
+            key: value.cuda() if is_tensor else value
+            for (key, value), is_tensor in zip(given.items(), tensors, strict=True)
+        }
+        run = lambda **inputs: output(model, inputs)  # noqa: E731
+        found = captured(run, **moved, options=OURS, launching=False)
+    assert [site.reason for site in found.sites] == [None] * len(family.masks)
+    assert tuple(site.mask for site in found.sites) == family.masks
+    ops = FileCheck().check_count("adaattn.triton_attention](", len(family.masks), exactly=True)
+    ops.run(found.rewritten)

@@ -15,9 +15,10 @@ from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.kernels.triton.launch import Tiles, forward
+from adaattn_compiler.kernels.triton.launch_decode import decode
 from adaattn_compiler.kernels.triton.source import Configuration
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, k
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, k, param, q
 
 SMALL = Tiles(32, 16)
 
@@ -129,3 +130,21 @@ def test_nan_comes_through(where: str) -> None:
     rows_of_nan = eager.isnan().any(-1)
     assert rows_of_nan.any()
     assert torch.equal(ours.isnan().any(-1), rows_of_nan)
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, -(2**31), 2**31, 2**62, -(2**62)])
+def test_numbers_of_run_time_may_be_as_large_as_they_like(number: int) -> None:
+    masks = (
+        sympy.Ge(k - q + param(0), 0),
+        sympy.Or(sympy.Ge(q - k, 0), sympy.Ge(param(0) - k, 0)),
+        sympy.And(sympy.Ge(q - k, 0), sympy.Ge(k - param(0), 0)),
+    )
+    for mask in masks:
+        spec = AttentionSpec(0.3, mask=mask, empty_row=EmptyRow.ZERO, params=1)
+        problem = problem_of("plain", rows=40, columns=40)
+        problem = dataclasses.replace(problem, spec=spec, param_hints=(number,))
+        exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
+        assert_as_accurate(through(problem), eager, exact)
+        tensors, _ = random_inputs(problem)
+        few = decode(Configuration(spec), *tensors, [], (number,), splits=2)
+        assert_as_accurate(few, eager, exact)

@@ -130,5 +130,12 @@ def test_what_a_plan_is_not_for_is_refused() -> None:
     with pytest.raises(ValueError, match="are wanted"):
         call(q, k, v, operands=[q])
     listed = plan_for(problem, listed=True).serialize()
+    tables = OPS.triton_tables(q, 32, 32, listed)
+    with pytest.raises(ValueError, match="tables of other sizes than 90 rows and 90 keys"):
+        OPS.triton_attention(q, k, v, [], [], tables, listed)
+    with pytest.raises(ValueError, match="made for inference"):
+        OPS.triton_attention_training(q, k, v, [], [], [], plan)
+    with pytest.raises(ValueError, match=r"q is torch\.float64"):
+        call(q.double(), k.double(), v.double())
     with pytest.raises(ValueError, match="0 tables for a plan that lists its blocks"):
         OPS.triton_attention(q, k, v, [], [], [], listed)

@@ -16,9 +16,10 @@ from adaattn_compiler.kernels.choose import choose
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.kernels.measure import Measured
 from adaattn_compiler.kernels.problem import Problem, Shape
+from adaattn_compiler.kernels.sdpa import SdpaKernel
 from adaattn_compiler.kernels.torch_backends import Window, window_of
 from adaattn_compiler.options import Options
-from adaattn_compiler.spec import AttentionSpec, M, N, k, q
+from adaattn_compiler.spec import AttentionSpec, Load, M, N, OperandSpec, Refusal, S, h, k, q
 
 WINDOW = sympy.And(sympy.Ge(q - k, 0), sympy.Ge(k - q + 511, 0))
 
@@ -280,3 +281,38 @@ def test_other_masks_are_no_windows(mask: Any, rows: int | None) -> None:
         assert window_of(mask, shape) == Window(None, 0)
         mask = sympy.Ge(q - k, 0)
     assert window_of(mask, shape) is None
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+def test_small_problem_on_a_gpu_takes_no_kernel_that_has_to_be_run_first(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_present", lambda device: True)
+    shape = Shape(1, 1, 1, rows, 32, 64, 64, (1, rows, 32))
+    choice = choose(on_a_gpu(shape=shape, spec=AttentionSpec(0.125)), Options())
+    assert choice.kernel.name == "sdpa"
+
+
+def test_what_failed_when_it_was_run_is_not_chosen(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_present", lambda device: True)
+    monkeypatch.setattr(table, "facts_of_device", lambda: ("a GPU",))
+    clock.times = {}
+    assert choose(on_a_gpu(), Options(cache_dir=tmp_path)).kernel.name in ("triton", "sdpa")
+    with pytest.raises(Refusal, match="none of the kernels that can take it runs here"):
+        choose(on_a_gpu(), Options(cache_dir=tmp_path, kernels=("flash",)))
+    clock.times = {"flash": 1e-3}
+    assert (
+        choose(on_a_gpu(), Options(cache_dir=tmp_path, kernels=("flash",))).kernel.name == "flash"
+    )
+
+
+def test_mask_of_sdpa_on_a_gpu_keeps_the_digits_of_a_bias() -> None:
+    bias = AttentionSpec(0.125, S + Load(0, 0, h, q, k), operands=(OperandSpec("float", 4),))
+    given = {"spec": bias, "operand_shapes": ((1, 8, 4096, 4096),)}
+    sdpa = SdpaKernel()
+    assert sdpa.refusal(on_a_gpu(**given, operand_dtypes=(torch.bfloat16,))) is None
+    refused = sdpa.refusal(on_a_gpu(**given, operand_dtypes=(torch.float32,)))
+    assert refused == "its mask on cuda is torch.bfloat16, the bias is not"
+    assert sdpa.refusal(dataclasses.replace(on_a_gpu(**given), device="cpu")) is None

@@ -126,11 +126,13 @@ def captured(
     *args: Any,
     options: Options | None = None,
     dynamic: bool | None = None,
+    launching: bool = True,
     **kwargs: Any,
 ) -> Captured:
     """Capture a function of CUDA tensors, rewrite it, and go on to where Inductor would begin.
 
-    With gradients on it ends with the rewritten graph.
+    With gradients on, or unless launching (AOTAutograd makes `torch.tensor(0.0)` a constant, on the
+    device), it ends with the rewritten graph.
     """
     torch.compiler.reset()
     analyses: list[Analysis] = []
@@ -146,7 +148,7 @@ def captured(
             analysis = rewrite(graph_module, inputs, options or Options())
         analyses.append(analysis)
         module = analysis.graph_module or graph_module
-        if torch.is_grad_enabled():  # autograd's engine wants a device: see backward_launches
+        if torch.is_grad_enabled() or not launching:  # autograd's engine wants a device
             run: Callable[..., Any] = module.forward
             return run
         compiled: Callable[..., Any] = aot_module_simplified(
