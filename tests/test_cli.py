@@ -163,7 +163,7 @@ def test_configuration_of_transformers(tmp_path: Path, capsys: pytest.CaptureFix
         (("--attention", "causal", "--heads", "6", "--kv-heads", "4"), "6 is no multiple"),
         (("--attention", "causal", "--dtype", "float31"), "no dtype 'float31'"),
         (("--attention", "causal", "--dtype", "int64"), "of floating-point numbers"),
-        (("--attention", "causal", "--length", "0"), "'0' is no whole number above 0"),
+        (("--attention", "causal", "--length", "0"), "'0' is no whole number from 1 to 1073741824"),
         (("--attention", "causal", "--run"), "its tensors have no values"),
         (("--attention", "causal", "--shape", "1x8"), "--shape says nothing to --attention"),
         (("--attention", "causal", "--target", "sm_70"), "no target 'sm_70'"),
