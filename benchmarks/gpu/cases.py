@@ -26,16 +26,19 @@ class Shape:
 @dataclass(frozen=True)
 class Tiling:
     """Rows and keys of a tile, warps, and stages of the pipeline: one build of our kernel; lazy: it
-    rescales its sums only when the maximum has grown by much."""
+    rescales its sums only when the maximum has grown by much. by_descriptor: keys and values come by
+    the tensor memory accelerator."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     lazy: bool = False
+    by_descriptor: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.keys} w{self.warps} s{self.stages}{' lazy' * self.lazy}"
+        how = " lazy" * self.lazy + " tma" * self.by_descriptor
+        return f"{self.rows}x{self.keys} w{self.warps} s{self.stages}{how}"
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,14 @@ _TILINGS = {
         Tiling(128, 64, 4, 3),
         Tiling(64, 64, 4, 3),
         Tiling(128, 64, 4, 3, lazy=True),
+        Tiling(128, 128, 8, 3, by_descriptor=True),
     ),
     128: (
         Tiling(128, 128, 8, 2),
         Tiling(128, 64, 8, 3),
         Tiling(64, 64, 4, 3),
         Tiling(128, 128, 8, 2, lazy=True),
+        Tiling(128, 128, 8, 2, by_descriptor=True),
     ),
     256: (Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 4, 3)),
 }

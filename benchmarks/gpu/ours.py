@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +13,18 @@ Attention = Callable[..., Any]
 
 
 def our_forward(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
-    """The generated kernel, with a table of blocks."""
+    """The generated kernel; blocks by the mask's closed form, as where it is lowered to."""
 
     def make(case: Case, inputs: Inputs) -> Attention:
         from adaattn_compiler.kernels.triton.launch import forward
 
-        made_for, tiles, table = _configured(case, tiling, inputs)
-        how = {"lazy": True} if tiling.lazy else {}
+        made_for, tiles = _configured(case, tiling)
+        how = {"lazy": tiling.lazy, "by_descriptor": tiling.by_descriptor}
+        if tiling.by_descriptor:
+            _allow_scratch(inputs.qkv[0].device)
 
         def attention(q: Any, k: Any, v: Any, *operands: Any) -> Any:
-            return forward(made_for, q, k, v, operands, tiles=tiles, table=table, **how)
+            return forward(made_for, q, k, v, operands, tiles=tiles, **how)
 
         return attention
 
@@ -57,33 +58,22 @@ def our_backward(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
 
     def make(case: Case, inputs: Inputs) -> Attention:
         from adaattn_compiler.kernels.triton.launch import forward
-        from adaattn_compiler.kernels.triton.launch_backward import (
-            backward,
-            backward_tables,
-            backward_tiles,
-        )
+        from adaattn_compiler.kernels.triton.launch_backward import backward, backward_tiles
 
-        made_for, tiles, table = _configured(case, tiling, inputs)
-        shape, device = case.shape, inputs.qkv[0].device
-        theirs = backward_tiles(shape.dim, shape.dim, case.dtype)
-        made = backward_tables(case.form.spec, shape.rows, shape.columns, theirs)
-        by_rows, by_keys = (_on_device(each, device) for each in made)
+        made_for, tiles = _configured(case, tiling)
+        theirs = backward_tiles(case.shape.dim, case.shape.dim, case.dtype)
 
         class Attention(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
                 statistics = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
-                out = forward(
-                    made_for, q, k, v, (), tiles=tiles, table=table, statistics=statistics
-                )
+                out = forward(made_for, q, k, v, (), tiles=tiles, statistics=statistics)
                 ctx.save_for_backward(q, k, v, out, statistics)
                 return out
 
             @staticmethod
             def backward(ctx: Any, grad: Any) -> Any:
-                tables = {"table": by_rows, "key_table": by_keys}
-                kept = ctx.saved_tensors
-                return tuple(backward(made_for, grad, *kept, (), tiles=theirs, **tables))
+                return tuple(backward(made_for, grad, *ctx.saved_tensors, (), tiles=theirs))
 
         both: Any = Attention.apply
         return lambda q, k, v: both(q, k, v)
@@ -91,21 +81,20 @@ def our_backward(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
     return make
 
 
-def _configured(case: Case, tiling: Tiling, inputs: Inputs) -> tuple[Any, Any, Any]:
-    """What the kernel is made for, its tiles, and the table of its blocks."""
-    from adaattn_compiler.kernels.blocks import block_structure
+def _configured(case: Case, tiling: Tiling) -> tuple[Any, Any]:
+    """What the kernel is made for, and its tiles."""
     from adaattn_compiler.kernels.triton.launch import Tiles
     from adaattn_compiler.kernels.triton.source import Configuration
-    from adaattn_compiler.kernels.triton.tables import block_table
 
-    spec = case.form.spec
-    made_for = Configuration(spec, ("float32",) * case.form.operands)
-    tiles = Tiles(tiling.rows, tiling.keys, tiling.warps, tiling.stages)
-    sizes = (case.shape.rows, case.shape.columns, tiling.rows, tiling.keys)
-    ragged = case.shape.columns % tiling.keys != 0
-    table = block_table(block_structure(spec.mask, *sizes, ()), ragged=ragged)
-    return made_for, tiles, _on_device(table, inputs.qkv[0].device)
+    made_for = Configuration(case.form.spec, ("float32",) * case.form.operands)
+    return made_for, Tiles(tiling.rows, tiling.keys, tiling.warps, tiling.stages)
 
 
-def _on_device(table: Any, device: torch.device) -> Any:
-    return replace(table, table=table.table.to(device), blocks=table.blocks.to(device))
+def _allow_scratch(device: torch.device) -> None:
+    """Memory for descriptors, which compiled code has from Inductor."""
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)

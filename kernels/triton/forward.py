@@ -9,6 +9,9 @@ With HAS_FLAGS each head's flag says by which of two ways it goes: 0 as without 
 blocks of another table, and with products of another precision (ALTERNATIVE_QK, ALTERNATIVE_PV).
 Without HAS_VALUES no value is read and there is no output, only what is known of the rows.
 
+With BY_DESCRIPTOR tiles of keys and values come through descriptors made in the kernel: for sm_90
+and later, and rows of keys and values that begin at multiples of 16 bytes.
+
 Grid: blocks of rows * B * H. q_BHMD, k_BGND, v_BGNE and out_BHME lie with their last axis
 contiguous.
 """
@@ -140,6 +143,7 @@ def fused_qk_softmax_av(
     FULL_RUN: tl.constexpr,  # full blocks follow each other
     ALTERNATIVE_LISTED: tl.constexpr,
     ALTERNATIVE_FULL_RUN: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,  # keys and values, by the tensor memory accelerator
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -157,6 +161,14 @@ def fused_qk_softmax_av(
     if HAS_VALUES:
         v_ptr += batch * stride_vb + group * stride_vg
 
+    keys, values = k_ptr, v_ptr
+    if BY_DESCRIPTOR:
+        keys = tl.make_tensor_descriptor(k_ptr, [N, HEAD_DIM], [stride_kn, 1], [BLOCK_N, BLOCK_D])
+        if HAS_VALUES:
+            values = tl.make_tensor_descriptor(
+                v_ptr, [N, VALUE_DIM], [stride_vn, 1], [BLOCK_N, BLOCK_E]
+            )
+
     offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_inside = offs_m < M
     q_tile = load_rows(q_ptr, offs_m, stride_qm, rows_inside, HEAD_DIM, BLOCK_D)
@@ -173,7 +185,7 @@ def fused_qk_softmax_av(
             alternative_table_ptr += b * stride_ab + h * stride_ah + row_block * 4
         # fmt: off
         acc, l_i, m_i, t_i = visit_blocks(
-            acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn,
+            acc, l_i, m_i, t_i, q_tile, keys, values, stride_kn, stride_vn,
             alternative_table_ptr, alternative_blocks_ptr, 1 - taken,
             row_block, b, h, offs_m, M, N, OPERANDS,
             ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, SCALE, UNIT, ALTERNATIVE_QK, ALTERNATIVE_PV,
@@ -182,7 +194,7 @@ def fused_qk_softmax_av(
         # fmt: on
     # fmt: off
     acc, l_i, m_i, t_i = visit_blocks(
-        acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn,
+        acc, l_i, m_i, t_i, q_tile, keys, values, stride_kn, stride_vn,
         table_ptr, blocks_ptr, taken, row_block, b, h, offs_m, M, N, OPERANDS,
         LISTED, FULL_RUN, SCALE, UNIT, QK, PV,
         LAZY, HAS_ENTROPY, HAS_VALUES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,

@@ -97,11 +97,14 @@ def forward(
     table: BlockTable | None = None,
     alternative: Alternative | None = None,
     lazy: bool = False,
+    by_descriptor: bool = False,
 ) -> torch.Tensor:
     """[B,H,M,E], laid out as [B,M,H,E].
 
     table: the blocks of keys that rows meet, for tiles of the same size; without one they are those
     of the mask's closed form. lazy: outputs are rescaled only when the maximum has grown by much.
+    by_descriptor: see forward.py; launched directly on a GPU it wants `triton.set_allocator`, which
+    Inductor sees to. ValueError where keys or values do not lie as it needs them.
     For the rest see `Wanted`, `Alternative`.
     """
     batch, heads, rows, _ = q_BHMD.shape
@@ -109,7 +112,17 @@ def forward(
     wanted = Wanted(lse, statistics, entropy, score_maximum)
     given = (q_BHMD, k_BGND, v_BGNE, out)
     _launch(
-        made_for, given, operands, params, tiles, precision, wanted, table, alternative, lazy=lazy
+        made_for,
+        given,
+        operands,
+        params,
+        tiles,
+        precision,
+        wanted,
+        table,
+        alternative,
+        lazy=lazy,
+        by_descriptor=by_descriptor,
     )
     return out
 
@@ -147,12 +160,15 @@ def _launch(
     alternative: Alternative | None = None,
     *,
     lazy: bool = False,
+    by_descriptor: bool = False,
 ) -> None:
     """given: q, k, v and the output to be written; the last two may be missing."""
     spec = made_for.spec
     q, k, v = (None if tensor is None else with_unit_stride(tensor) for tensor in given[:3])
     assert q is not None
     assert k is not None
+    if by_descriptor:
+        _check_descriptors(k, v)
     out = given[3]
     batch, heads, rows, head_dim = q.shape
     columns = k.shape[2]
@@ -198,6 +214,7 @@ def _launch(
             has_entropy=wanted.entropy is not None,
             has_maximum=wanted.score_maximum is not None,
             lazy=lazy,
+            by_descriptor=by_descriptor,
             listed=table is not None,
             full_run=table is None or table.full_run,
             has_flags=alternative is not None,
@@ -216,6 +233,20 @@ def kernel_of(made_for: Configuration, *, has_values: bool, alternative: Alterna
     if alternative is not None and alternative.products is not None:
         name = MIXED
     return getattr(loaded(forward_source(made_for)), name)
+
+
+def _check_descriptors(*tensors: torch.Tensor | None) -> None:
+    """ValueError for rows that do not begin at multiples of 16 bytes."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        unit = 16 // tensor.element_size()
+        places = (tensor.storage_offset(), *tensor.stride()[:-1])
+        if any(place % unit for place in places) or tensor.stride(2) == 0:
+            raise ValueError(
+                f"keys or values of strides {tuple(tensor.stride())} from {places[0]} on: "
+                f"descriptors need multiples of {unit} elements"
+            )
 
 
 def _strides(tensor: torch.Tensor | None) -> Sequence[int]:
@@ -246,6 +277,7 @@ def constants(
     has_entropy: bool = False,
     has_maximum: bool = False,
     lazy: bool = False,
+    by_descriptor: bool = False,
     listed: bool = False,
     full_run: bool = True,
     has_flags: bool = False,
@@ -269,6 +301,7 @@ def constants(
         "ALTERNATIVE_QK": other.qk,
         "ALTERNATIVE_PV": other.pv,
         "LAZY": lazy,
+        "BY_DESCRIPTOR": by_descriptor,
         "LISTED": listed,
         "FULL_RUN": full_run,
         "ALTERNATIVE_LISTED": alternative_listed,

@@ -74,7 +74,7 @@ def visit_centroids(
     )
     score += (log_count * (LOG2_E / UNIT))[None, :]
     return weigh_block(
-        acc, l_i, m_i, t_i, score, v_ptr, stride_vc, centroids, inside,
+        acc, l_i, m_i, t_i, score, v_ptr, stride_vc, 0, centroids, inside,
         UNIT, PV, LAZY, False, True, VALUE_DIM, BLOCK_E,
     )
     # fmt: on

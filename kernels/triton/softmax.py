@@ -58,6 +58,7 @@ def weigh_block(
     score,
     v_ptr,
     stride_vn,
+    first,
     offs_n,
     inside,
     UNIT: tl.constexpr,
@@ -81,7 +82,7 @@ def weigh_block(
         t_i = weighted(alpha, t_i + l_i * shift) + tl.sum(weighted(p, x), 1)
     l_i = l_i * alpha + tl.sum(p, 1)
     if HAS_VALUES:
-        v_tile = load_rows(v_ptr, offs_n, stride_vn, inside, VALUE_DIM, BLOCK_E)
+        v_tile = load_block(v_ptr, first, offs_n, stride_vn, inside, VALUE_DIM, BLOCK_E)
         if LAZY:
             if grown:
                 acc = acc * alpha[:, None]
@@ -129,7 +130,7 @@ def visit_block(
     """
     offs_n = first + tl.arange(0, BLOCK_N)
     inside = offs_n < N
-    k_tile = load_rows(k_ptr, offs_n, stride_kn, inside, HEAD_DIM, BLOCK_D)
+    k_tile = load_block(k_ptr, first, offs_n, stride_kn, inside, HEAD_DIM, BLOCK_D)
     # fmt: off
     _, score = scores_of_block(
         q_tile, k_tile, b, h, q[:, None], offs_n[None, :], (q < M)[:, None], inside[None, :],
@@ -139,7 +140,7 @@ def visit_block(
     # fmt: on
     # fmt: off
     return weigh_block(
-        acc, l_i, m_i, t_i, score, v_ptr, stride_vn, offs_n, inside,
+        acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, inside,
         UNIT, PV, LAZY, HAS_ENTROPY, HAS_VALUES, VALUE_DIM, BLOCK_E,
     )
     # fmt: on

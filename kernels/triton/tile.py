@@ -27,6 +27,16 @@ def load_rows(ptr, rows, stride, inside, DIM: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def load_block(source, first, rows, stride, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows from `first` on: by the tensor memory accelerator where source is a descriptor."""
+    if isinstance(source, tl.tensor_descriptor):
+        tile = source.load([first, 0])
+    else:
+        tile = load_rows(source, rows, stride, inside, DIM, BLOCK)
+    return tile
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """a b (+ acc) in float32.
 

@@ -148,3 +148,21 @@ def test_numbers_of_run_time_may_be_as_large_as_they_like(number: int) -> None:
         tensors, _ = random_inputs(problem)
         few = decode(Configuration(spec), *tensors, [], (number,), splits=2)
         assert_as_accurate(few, eager, exact)
+
+
+@pytest.mark.parametrize("name", ["causal", "gqa", "sink", "last rows"])
+def test_tiles_by_descriptors_are_the_same(name: str) -> None:
+    problem = problem_of(name)
+    tensors, operands = random_inputs(problem)
+    made_for = Configuration(problem.spec, tuple("float32" for _ in operands))
+    given = (made_for, *tensors, operands)
+    plain = forward(*given, tiles=SMALL)
+    assert torch.equal(forward(*given, tiles=SMALL, by_descriptor=True), plain)
+
+
+def test_descriptors_want_rows_at_multiples_of_16_bytes() -> None:
+    problem = problem_of("causal")
+    (q, k_, v), _ = random_inputs(problem)
+    odd = torch.cat([k_, k_[..., :1]], -1)[..., :16]
+    with pytest.raises(ValueError, match="descriptors need multiples of 4 elements"):
+        forward(Configuration(problem.spec), q, odd, v, [], by_descriptor=True)

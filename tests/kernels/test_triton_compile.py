@@ -109,3 +109,16 @@ def test_feature_compiles_without_spills(name: str, capability: int) -> None:
     tiles = Tiles(64, 32, 4, 2) if reads_tile(spec) else Tiles(128, 64, 8, 2)
     compiled = compiled_forward(made_for, "bfloat16", (128, 128), tiles, capability)
     assert_good_code(compiled, capability)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "tiles"), [(80, Tiles(128, 64, 8, 2)), (128, Tiles(128, 128, 8, 2))], ids=str
+)
+def test_tiles_by_descriptors_come_by_the_accelerator(head_dim: int, tiles: Tiles) -> None:
+    pytest.importorskip("triton")
+    causal = Configuration(SPECS["causal"][0])
+    given = (causal, "bfloat16", (head_dim, head_dim), tiles, 90)
+    assert "cp.async.bulk.tensor" not in compiled_forward(*given).ptx
+    compiled = compiled_forward(*given, by_descriptor=True)
+    assert "cp.async.bulk.tensor" in compiled.ptx
+    assert_good_code(compiled, 90)
