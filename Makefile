@@ -60,11 +60,14 @@ SMOKE_TESTS := tests/kernels/test_choose.py tests/kernels/test_triton_compile.py
 	tests/kernels/test_triton_decode_compile.py tests/passes/test_graphs.py \
 	tests/passes/test_near_misses.py tests/end_to_end/test_edges.py
 
+INTERPRETED := tests/interpreted/test_triton_forward.py tests/interpreted/test_triton_op.py \
+	tests/interpreted/test_triton_expressions.py tests/interpreted/test_triton_decode.py
+
 test-cuda-codegen:
 	$(MAKE) venv VENV=$(CUDA_VENV) REQUIREMENTS=requirements/cuda.txt
 	$(CUDA_BIN)/pytest $(TESTING) tests/cuda_codegen $(PYTEST_ARGS)
 	$(CUDA_BIN)/pytest $(TESTING) $(SMOKE_TESTS) $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(CUDA_BIN)/pytest tests/interpreted --numprocesses $(TEST_PROCESSES) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(CUDA_BIN)/pytest --numprocesses $(TEST_PROCESSES) $(INTERPRETED) $(PYTEST_ARGS)
 
 lint: style types layers
 

@@ -25,9 +25,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows and keys of a tile, warps, and stages of the pipeline: one build of our kernel; lazy: it
-    rescales its sums only when the maximum has grown by much. by_descriptor: keys and values come by
-    the tensor memory accelerator."""
+    """Rows and keys of a tile, warps, and stages of the pipeline: one build of our kernel.
+
+    lazy: it rescales its sums only when the maximum has grown by much. by_descriptor: keys and
+    values come by the tensor memory accelerator. persistent: each program takes tiles in turn.
+    """
 
     rows: int
     keys: int
@@ -35,9 +37,10 @@ class Tiling:
     stages: int
     lazy: bool = False
     by_descriptor: bool = False
+    persistent: bool = False
 
     def __str__(self) -> str:
-        how = " lazy" * self.lazy + " tma" * self.by_descriptor
+        how = " lazy" * self.lazy + " tma" * self.by_descriptor + " persistent" * self.persistent
         return f"{self.rows}x{self.keys} w{self.warps} s{self.stages}{how}"
 
 
@@ -124,6 +127,7 @@ _TILINGS = {
         Tiling(64, 64, 4, 3),
         Tiling(128, 128, 8, 2, lazy=True),
         Tiling(128, 128, 8, 2, by_descriptor=True),
+        Tiling(128, 128, 8, 2, by_descriptor=True, persistent=True),
     ),
     256: (Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 4, 3)),
 }

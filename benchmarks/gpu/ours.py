@@ -19,9 +19,12 @@ def our_forward(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
         from adaattn_compiler.kernels.triton.launch import forward
 
         made_for, tiles = _configured(case, tiling)
-        how = {"lazy": tiling.lazy, "by_descriptor": tiling.by_descriptor}
+        device = inputs.qkv[0].device
+        how: dict[str, Any] = {"lazy": tiling.lazy, "by_descriptor": tiling.by_descriptor}
+        if tiling.persistent:
+            how["programs"] = torch.cuda.get_device_properties(device).multi_processor_count
         if tiling.by_descriptor:
-            _allow_scratch(inputs.qkv[0].device)
+            _allow_scratch(device)
 
         def attention(q: Any, k: Any, v: Any, *operands: Any) -> Any:
             return forward(made_for, q, k, v, operands, tiles=tiles, **how)

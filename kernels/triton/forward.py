@@ -12,8 +12,8 @@ Without HAS_VALUES no value is read and there is no output, only what is known o
 With BY_DESCRIPTOR tiles of keys and values come through descriptors made in the kernel: for sm_90
 and later, and rows of keys and values that begin at multiples of 16 bytes.
 
-Grid: blocks of rows * B * H. q_BHMD, k_BGND, v_BGNE and out_BHME lie with their last axis
-contiguous.
+Grid: blocks of rows * B * H; with PERSISTENT as many programs as the device runs at a time, each of
+which takes tiles in turn. q_BHMD, k_BGND, v_BGNE and out_BHME lie with their last axis contiguous.
 """
 
 import triton
@@ -85,19 +85,20 @@ def visit_blocks(
 
 
 @triton.jit
-def fused_qk_softmax_av(
-    q_ptr,  # [B,H,M,D]
-    k_ptr,  # [B,G,N,D]
-    v_ptr,  # [B,G,N,E], where HAS_VALUES
-    out_ptr,  # [B,H,M,E], where HAS_VALUES
-    lse_ptr,  # float32 [B,H,M], where HAS_LSE
-    statistics_ptr,  # float32 [B,H,M,2], m_i and l_i, where HAS_STATISTICS
-    entropy_ptr,  # float32 [B,H,M], where HAS_ENTROPY
-    maximum_ptr,  # float32 [B,H,M], where HAS_MAXIMUM
-    table_ptr,  # int32 [B|1,H|1, blocks of rows, 4], where LISTED, see tables.py
-    blocks_ptr,  # int32, likewise
-    flags_ptr,  # int32 [B|1,H|1], where HAS_FLAGS
-    alternative_table_ptr,  # where ALTERNATIVE_LISTED, as table_ptr
+def attend(
+    tile,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    statistics_ptr,
+    entropy_ptr,
+    maximum_ptr,
+    table_ptr,
+    blocks_ptr,
+    flags_ptr,
+    alternative_table_ptr,
     alternative_blocks_ptr,
     stride_qb,
     stride_qh,
@@ -127,32 +128,33 @@ def fused_qk_softmax_av(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HAS_SINK: tl.constexpr,
-    EMPTY_ROW: tl.constexpr,  # "nan", "zero" or "uniform"
+    EMPTY_ROW: tl.constexpr,
     HAS_VALUES: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_STATISTICS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_MAXIMUM: tl.constexpr,
     HAS_FLAGS: tl.constexpr,
-    QK: tl.constexpr,  # the precision of products, see `product`
+    QK: tl.constexpr,
     PV: tl.constexpr,
     ALTERNATIVE_QK: tl.constexpr,
     ALTERNATIVE_PV: tl.constexpr,
     LAZY: tl.constexpr,
-    LISTED: tl.constexpr,  # in a table
-    FULL_RUN: tl.constexpr,  # full blocks follow each other
+    LISTED: tl.constexpr,
+    FULL_RUN: tl.constexpr,
     ALTERNATIVE_LISTED: tl.constexpr,
     ALTERNATIVE_FULL_RUN: tl.constexpr,
-    BY_DESCRIPTOR: tl.constexpr,  # keys and values, by the tensor memory accelerator
+    BY_DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """A block of query rows of one head, by its number."""
     tl.static_assert(not (LAZY and HAS_MAXIMUM), "LAZY does not keep the maximum")
     row_blocks = tl.cdiv(M, BLOCK_M)
-    row_block = row_blocks - 1 - tl.program_id(0) % row_blocks
-    b, h = tl.program_id(0) // row_blocks // H, tl.program_id(0) // row_blocks % H
+    row_block = row_blocks - 1 - tile % row_blocks
+    b, h = tile // row_blocks // H, tile // row_blocks % H
     batch, head, group = b.to(tl.int64), h.to(tl.int64), (h // GROUP).to(tl.int64)
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + group * stride_kg
@@ -220,3 +222,99 @@ def fused_qk_softmax_av(
         tl.store(statistics_ptr + 2 * row + 1, l_i, mask=rows_inside)
     if HAS_ENTROPY:
         tl.store(entropy_ptr + row, entropy_of(l_i, m_i, t_i, N, EMPTY_ROW), mask=rows_inside)
+
+
+@triton.jit
+def fused_qk_softmax_av(
+    q_ptr,  # [B,H,M,D]
+    k_ptr,  # [B,G,N,D]
+    v_ptr,  # [B,G,N,E], where HAS_VALUES
+    out_ptr,  # [B,H,M,E], where HAS_VALUES
+    lse_ptr,  # float32 [B,H,M], where HAS_LSE
+    statistics_ptr,  # float32 [B,H,M,2], m_i and l_i, where HAS_STATISTICS
+    entropy_ptr,  # float32 [B,H,M], where HAS_ENTROPY
+    maximum_ptr,  # float32 [B,H,M], where HAS_MAXIMUM
+    table_ptr,  # int32 [B|1,H|1, blocks of rows, 4], where LISTED, see tables.py
+    blocks_ptr,  # int32, likewise
+    flags_ptr,  # int32 [B|1,H|1], where HAS_FLAGS
+    alternative_table_ptr,  # where ALTERNATIVE_LISTED, as table_ptr
+    alternative_blocks_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kg,
+    stride_kn,
+    stride_vb,
+    stride_vg,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_tb,
+    stride_th,
+    stride_fb,
+    stride_fh,
+    stride_ab,
+    stride_ah,
+    tiles,  # blocks of rows * H * B
+    H,
+    M,
+    N,
+    OPERANDS,
+    SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    EMPTY_ROW: tl.constexpr,  # "nan", "zero" or "uniform"
+    HAS_VALUES: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_STATISTICS: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_MAXIMUM: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
+    QK: tl.constexpr,  # the precision of products, see `product`
+    PV: tl.constexpr,
+    ALTERNATIVE_QK: tl.constexpr,
+    ALTERNATIVE_PV: tl.constexpr,
+    LAZY: tl.constexpr,
+    LISTED: tl.constexpr,  # in a table
+    FULL_RUN: tl.constexpr,  # full blocks follow each other
+    ALTERNATIVE_LISTED: tl.constexpr,
+    ALTERNATIVE_FULL_RUN: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,  # keys and values, by the tensor memory accelerator
+    PERSISTENT: tl.constexpr,  # each program takes tiles in turn, of `tiles`
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    # fmt: off
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            attend(
+                tile, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, statistics_ptr, entropy_ptr,
+                maximum_ptr, table_ptr, blocks_ptr, flags_ptr, alternative_table_ptr,
+                alternative_blocks_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg,
+                stride_kn, stride_vb, stride_vg, stride_vn, stride_ob, stride_oh, stride_om,
+                stride_tb, stride_th, stride_fb, stride_fh, stride_ab, stride_ah, H, M, N,
+                OPERANDS, SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, HAS_SINK, EMPTY_ROW,
+                HAS_VALUES, HAS_LSE, HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS, QK, PV,
+                ALTERNATIVE_QK, ALTERNATIVE_PV, LAZY, LISTED, FULL_RUN, ALTERNATIVE_LISTED,
+                ALTERNATIVE_FULL_RUN, BY_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            )
+    else:
+        attend(
+            tl.program_id(0), q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, statistics_ptr, entropy_ptr,
+            maximum_ptr, table_ptr, blocks_ptr, flags_ptr, alternative_table_ptr,
+            alternative_blocks_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg,
+            stride_kn, stride_vb, stride_vg, stride_vn, stride_ob, stride_oh, stride_om,
+            stride_tb, stride_th, stride_fb, stride_fh, stride_ab, stride_ah, H, M, N, OPERANDS,
+            SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, HAS_SINK, EMPTY_ROW, HAS_VALUES, HAS_LSE,
+            HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS, QK, PV, ALTERNATIVE_QK,
+            ALTERNATIVE_PV, LAZY, LISTED, FULL_RUN, ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN,
+            BY_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+        )
+    # fmt: on

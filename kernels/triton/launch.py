@@ -98,13 +98,15 @@ def forward(
     alternative: Alternative | None = None,
     lazy: bool = False,
     by_descriptor: bool = False,
+    programs: int | None = None,
 ) -> torch.Tensor:
     """[B,H,M,E], laid out as [B,M,H,E].
 
     table: the blocks of keys that rows meet, for tiles of the same size; without one they are those
     of the mask's closed form. lazy: outputs are rescaled only when the maximum has grown by much.
     by_descriptor: see forward.py; launched directly on a GPU it wants `triton.set_allocator`, which
-    Inductor sees to. ValueError where keys or values do not lie as it needs them.
+    Inductor sees to. ValueError where keys or values do not lie as it needs them. programs: so many
+    take the tiles in turn; None: one each.
     For the rest see `Wanted`, `Alternative`.
     """
     batch, heads, rows, _ = q_BHMD.shape
@@ -123,6 +125,7 @@ def forward(
         alternative,
         lazy=lazy,
         by_descriptor=by_descriptor,
+        programs=programs,
     )
     return out
 
@@ -161,6 +164,7 @@ def _launch(
     *,
     lazy: bool = False,
     by_descriptor: bool = False,
+    programs: int | None = None,
 ) -> None:
     """given: q, k, v and the output to be written; the last two may be missing."""
     spec = made_for.spec
@@ -184,7 +188,8 @@ def _launch(
         )
     ]
     kernel = launchable(kernel_of(made_for, has_values=v is not None, alternative=alternative))
-    kernel[(-(-rows // tiles.rows) * batch * heads,)](
+    total = -(-rows // tiles.rows) * batch * heads
+    kernel[(total if programs is None else programs,)](
         q,
         k,
         v,
@@ -198,6 +203,7 @@ def _launch(
         *k.stride()[:3],
         *(stride for tensor in (v, out) for stride in _strides(tensor)),
         *(stride for tensor in (tables[0], *tables[2:4]) for stride in broadcast_strides(tensor)),
+        total,
         heads,
         rows,
         columns,
@@ -215,6 +221,7 @@ def _launch(
             has_maximum=wanted.score_maximum is not None,
             lazy=lazy,
             by_descriptor=by_descriptor,
+            persistent=programs is not None,
             listed=table is not None,
             full_run=table is None or table.full_run,
             has_flags=alternative is not None,
@@ -278,6 +285,7 @@ def constants(
     has_maximum: bool = False,
     lazy: bool = False,
     by_descriptor: bool = False,
+    persistent: bool = False,
     listed: bool = False,
     full_run: bool = True,
     has_flags: bool = False,
@@ -302,6 +310,7 @@ def constants(
         "ALTERNATIVE_PV": other.pv,
         "LAZY": lazy,
         "BY_DESCRIPTOR": by_descriptor,
+        "PERSISTENT": persistent,
         "LISTED": listed,
         "FULL_RUN": full_run,
         "ALTERNATIVE_LISTED": alternative_listed,

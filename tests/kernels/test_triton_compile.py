@@ -119,6 +119,7 @@ def test_tiles_by_descriptors_come_by_the_accelerator(head_dim: int, tiles: Tile
     causal = Configuration(SPECS["causal"][0])
     given = (causal, "bfloat16", (head_dim, head_dim), tiles, 90)
     assert "cp.async.bulk.tensor" not in compiled_forward(*given).ptx
-    compiled = compiled_forward(*given, by_descriptor=True)
-    assert "cp.async.bulk.tensor" in compiled.ptx
-    assert_good_code(compiled, 90)
+    for persistent in (False, True):
+        compiled = compiled_forward(*given, by_descriptor=True, persistent=persistent)
+        assert "cp.async.bulk.tensor" in compiled.ptx
+        assert_good_code(compiled, 90)
