@@ -70,6 +70,8 @@ def kernels(device: str = "cpu") -> tuple[Kernel, ...]:
     """Every kernel there is for a type of device."""
     if device != "cuda":
         return (SdpaKernel(), StripsKernel(), FlexKernel(), CppKernel())
+    if torch.version.hip:  # AMD's are called so, too; nothing of ours was made for them
+        return (SdpaKernel(),)
     ours = (TritonKernel(target_here(), variant) for variant in range(_TRITON_VARIANTS))
     return (SdpaKernel(), *TORCH_BACKENDS, *ours)
 

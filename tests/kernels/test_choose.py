@@ -228,6 +228,11 @@ def test_every_kernel_for_a_gpu_has_a_label_of_its_own() -> None:
     assert {"sdpa", "cudnn", "flash", "efficient", "triton", "triton:1"} <= set(labels)
 
 
+def test_gpu_of_another_maker_gets_what_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert [kernel.name for kernel in module.kernels("cuda")] == ["sdpa"]
+
+
 def test_on_a_gpu_all_that_may_be_fastest_compete(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
