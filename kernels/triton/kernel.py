@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,11 +58,10 @@ class TritonKernel:
         """The blocks that are attended to; among tiles, the likeliest first."""
         _, rows, columns = problem.shape.hints
         tiles = tiles_for(problem, self.target)[0]
-        structure = block_structure(
-            problem.spec.mask, rows, columns, tiles.rows, tiles.keys, problem.param_hints
-        )
+        sizes = (rows, columns, tiles.rows, tiles.keys)
+        attended = _attended(problem.spec.mask, sizes, problem.param_hints)
         factor = _TIME_OF_FEW_ROWS if rows <= FEW_ROWS else _TIME
-        return problem.work(density(structure)) * (factor + _LESS_LIKELY * self.variant)
+        return problem.work(attended) * (factor + _LESS_LIKELY * self.variant)
 
     def prepare(self, problem: Problem) -> None:
         pass
@@ -86,6 +86,12 @@ class TritonKernel:
             return torch.ops.adaattn.triton_attention(*given)
 
         return attention
+
+
+@functools.lru_cache(maxsize=64)
+def _attended(mask: Any, sizes: tuple[int, int, int, int], params: tuple[int, ...]) -> float:
+    """The share of blocks that a mask leaves, of M, N and a tile's rows and keys."""
+    return density(block_structure(mask, *sizes, params))
 
 
 def _tables(sizes: Sizes, plan: TritonPlan, like: Any) -> list[Any]:

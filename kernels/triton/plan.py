@@ -99,8 +99,10 @@ class TritonPlan:
 @functools.cache
 def digest_of_code() -> str:
     """Of all that generates kernels."""
-    files = [Path(__file__).parent.parent / "printing.py", *sorted(Path(__file__).parent.iterdir())]
-    text = b"".join(path.read_bytes() for path in files if path.suffix == ".py")
+    folder = Path(__file__).parent
+    beside = (folder.parent / name for name in ("derivatives.py", "printing.py"))
+    files = (path for path in sorted(folder.iterdir()) if path.suffix == ".py")
+    text = b"".join(path.read_bytes() for path in (*beside, *files))
     return hashlib.sha256(text).hexdigest()[:12]
 
 
