@@ -47,8 +47,8 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 	touch $@
 
 # `pytest`, not `python -m pytest`, which would put the root on sys.path (see pyproject.toml).
-# Triton is either interpreted or compiled throughout a process: first the former. Files side by side.
-TESTING := --numprocesses $(TEST_PROCESSES) --dist loadfile
+# Triton is either interpreted or compiled throughout a process: first the former.
+TESTING := --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 test: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/interpreted --numprocesses $(TEST_PROCESSES) \

@@ -20,7 +20,7 @@ from adaattn_compiler.kernels.triton.source import Configuration
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, k, param, q
 
-SMALL = Tiles(32, 16)
+SMALL = Tiles(32, 32)
 
 
 def through(problem: Problem, table: BlockTable | None = None) -> torch.Tensor:
