@@ -65,9 +65,12 @@ class BackendKernel:
     name: str
     call: Callable[[Problem, Any, Any, Any], Any]
     takes: Callable[[Problem], str | None]
-    label: str = ""
     seconds_to_build: float = 0.0
     only_measured: bool = True
+
+    @property
+    def label(self) -> str:
+        return self.name
 
     def refusal(self, problem: Problem) -> str | None:
         spec, shape = problem.spec, problem.shape
@@ -184,7 +187,7 @@ def _flash(problem: Problem, q_BHMD: Any, k_BGND: Any, v_BGNE: Any) -> Any:
 
 
 TORCH_BACKENDS = (
-    BackendKernel("cudnn", _cudnn, _plain_or_causal, "cudnn"),
-    BackendKernel("flash", _flash, _for_flash, "flash"),
-    BackendKernel("efficient", _efficient, _for_efficient, "efficient"),
+    BackendKernel("cudnn", _cudnn, _plain_or_causal),
+    BackendKernel("flash", _flash, _for_flash),
+    BackendKernel("efficient", _efficient, _for_efficient),
 )

@@ -181,10 +181,6 @@ def compiled(
 
     Tensors are taken to be aligned to 16 bytes, rows to 16 elements; other arguments are 32-bit.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     pointers = {**types, **{f"operand{i}_ptr": name for i, name in enumerate(made_for.dtypes)}}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -196,9 +192,26 @@ def compiled(
             signature[name] = "i64" if name in made_for.params else "i32"
         if name in pointers or re.fullmatch("stride_g?[qkvo]f?[bhgmn]", name):
             aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=dict(fixed), attrs=aligned)
+    return built_for(capability, kernel, signature, fixed, aligned, (tiles.warps, tiles.stages))
+
+
+def built_for(
+    capability: int,
+    kernel: Any,
+    signature: Mapping[str, str],
+    fixed: Mapping[str, Any],
+    aligned: Mapping[tuple[int], Any],
+    how: tuple[int, int],
+) -> Compiled:
+    """A kernel as Triton compiles it; aligned: what is known of arguments, by their places; how:
+    warps and stages."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(kernel, dict(signature), constexprs=dict(fixed), attrs=dict(aligned))
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    options = {"num_warps": how[0], "num_stages": how[1]}
     built = triton.compile(source, target=target, options=options)
     return Compiled(built.asm["ptx"], built.metadata.shared, *_resources(built.asm["cubin"]))
 

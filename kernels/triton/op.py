@@ -17,7 +17,7 @@ from adaattn_compiler.kernels.triton.launch import forward
 from adaattn_compiler.kernels.triton.launch_backward import backward
 from adaattn_compiler.kernels.triton.launch_decode import decode
 from adaattn_compiler.kernels.triton.plan import TritonPlan, tables_of
-from adaattn_compiler.kernels.triton.readings import readings
+from adaattn_compiler.kernels.triton.readings import differentiable
 from adaattn_compiler.kernels.triton.tables import BlockTable
 
 # Of q, k and v.
@@ -148,8 +148,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 def _gradients(ctx: Any, grad_out: torch.Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, out, statistics, *rest = ctx.saved_tensors
     operands, tables = rest[: ctx.operands], rest[ctx.operands :]
-    spec = TritonPlan.deserialize(ctx.plan).made_for.spec
-    can = {reading.operand for reading in readings(spec)}
+    can = differentiable(TritonPlan.deserialize(ctx.plan).made_for.spec)
     needed = ctx.needs_input_grad[3]
     wanted = [i in can and bool(needed[i]) for i in range(ctx.operands)]
     found = triton_attention_backward(

@@ -1,7 +1,7 @@
 """Captures CUDA graphs of fake tensors up to Inductor's door, and compiles what they would launch.
 
 Needs a CUDA build of torch, no GPU. Private torch, checked with 2.11: the side table of Triton
-kernels; private Triton, checked with 3.6: `set_active`, `ASTSource`.
+kernels; private Triton, checked with 3.6: `set_active`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from adaattn_compiler.kernels.triton.compile import TYPES, Compiled, _resources
+from adaattn_compiler.kernels.triton.compile import TYPES, Compiled, built_for
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.pipeline import Analysis, rewrite
 from adaattn_compiler.records import SiteRecord, records
@@ -57,11 +56,9 @@ class Launch:
                 signature[parameter.name] = "i32"
                 if isinstance(value, int) and value % 16 == 0:
                     aligned[(place,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.tuner.fn, signature, constexprs=fixed, attrs=aligned)
         (config,) = self.tuner.configs
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        return Compiled(built.asm["ptx"], built.metadata.shared, *_resources(built.asm["cubin"]))
+        how = (config.num_warps, config.num_stages)
+        return built_for(capability, self.tuner.fn, signature, fixed, aligned, how)
 
 
 @dataclass(frozen=True)
