@@ -1,8 +1,10 @@
-"""flex_attention on the CPU as a kernel: block-sparse, with the score computed as it goes.
+"""flex_attention as a kernel: block-sparse, with the score computed as it goes.
 
 A spec's mask gives the block lists (blocks without a key cost nothing, full ones no masking), its
 score becomes the score_mod. Nothing of size M x N exists. A sink is one more key of zeros, with a
 zero value, whose score is the sink's. Inference only: the CPU kernel has no backward.
+
+On GPUs it is torch's Triton template (flex_gpu.py has what only they need).
 
 Source: Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention
 Kernels", 2024.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import ast
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,21 @@ import torch
 
 from adaattn_compiler.kernels.blocks import block_lists, block_structure, density
 from adaattn_compiler.kernels.evaluate import evaluate, has_key, positions
-from adaattn_compiler.kernels.flex_inductor import FlexConfig, compile_flex, read_table
+from adaattn_compiler.kernels.flex_gpu import (
+    BLOCK,
+    StagedInputs,
+    gpu_refusal,
+    has_whole_blocks,
+    is_recording,
+    is_wide,
+    with_aligned_strides,
+)
+from adaattn_compiler.kernels.flex_inductor import (
+    FlexConfig,
+    FlexVariant,
+    compile_flex,
+    read_table,
+)
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Attention, Problem
 from adaattn_compiler.kernels.through_op import (
@@ -34,35 +50,45 @@ from adaattn_compiler.kernels.through_op import (
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, Where, b, h, k, param, q
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows and columns of a block of the mask.
-_BLOCK = (128, 128)
 # Block lists kept for this many different lengths.
 _KEPT_LENGTHS = 16
 # Time per unit of work beside SDPA's own, where nothing was measured: the template's products are
 # slower than SDPA's, most of all in half precision.
 _SLOWER = {torch.float32: 1.6, torch.bfloat16: 1.4, torch.float16: 3.0}
+# As the generated kernel has it.
+_SLOWER_ON_GPUS = 1.2
 
 
 @dataclass(frozen=True)
 class FlexKernel:
-    """See the module's docstring."""
+    """See the module's docstring; on one type of device."""
 
     name: str = "flex"
     label: str = "flex"
+    device: str = "cpu"
     only_measured: bool = False
     seconds_to_build: float = 8.0
+
+    @staticmethod
+    def on_gpus() -> FlexKernel:
+        """No estimate is good enough to choose it there, nor to keep it from being measured beside
+        the generated kernel: building takes as long, about."""
+        return FlexKernel(device="cuda", only_measured=True, seconds_to_build=3.0)
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.dtype not in _DTYPES:
             return f"not for {problem.dtype}"
-        return training_refusal(problem) or op_refusal(problem)
+        if self.device == "cpu":
+            return training_refusal(problem) or op_refusal(problem)
+        return gpu_refusal(problem)
 
     def cost(self, problem: Problem) -> float:
         """Attended blocks only."""
         _, rows, columns = problem.shape.hints
         mask = problem.spec.mask
-        attended = density(block_structure(mask, rows, columns, *_BLOCK, problem.param_hints))
-        return problem.work(attended) * _SLOWER[problem.dtype]
+        attended = density(block_structure(mask, rows, columns, *BLOCK, problem.param_hints))
+        slower = _SLOWER[problem.dtype] if self.device == "cpu" else _SLOWER_ON_GPUS
+        return problem.work(attended) * slower
 
     def prepare(self, problem: Problem) -> None:
         pass
@@ -85,7 +111,9 @@ def plan_of(problem: Problem) -> str:
             "spec": problem.spec.serialize(),
             "dtype": str(problem.dtype).removeprefix("torch."),
             "sizes": (shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim),
-            "block": _BLOCK,
+            "block": BLOCK,
+            "device": problem.device,
+            "whole": problem.device == "cuda" and has_whole_blocks(problem),
         }
     )
 
@@ -97,10 +125,11 @@ def flex_runner(plan: str) -> FlexRunner:
     heads, kv_heads, head_dim, value_dim = fields["sizes"]
     spec = AttentionSpec.deserialize(fields["spec"])
     dtype = getattr(torch, fields["dtype"])
+    block = tuple(fields["block"])
     config = FlexConfig(
-        dtype, heads, kv_heads, head_dim, value_dim, spec.scale, tuple(fields["block"])
+        dtype, heads, kv_heads, head_dim, value_dim, spec.scale, block, fields["whole"]
     )
-    return FlexRunner(spec, config)
+    return FlexRunner(spec, config, fields["device"])
 
 
 # -- what the modifiers read -----------------------------------------------------------------------
@@ -147,13 +176,13 @@ class _Reads:
 
     def values(
         self, operands: Sequence[torch.Tensor], sizes: dict[sympy.Symbol, int]
-    ) -> list[torch.Tensor]:
-        out: list[torch.Tensor] = []
+    ) -> list[torch.Tensor | int]:
+        out: list[torch.Tensor | int] = []
         for table in self.tables:
             tensor = table.of(operands)
             out.append(tensor.reshape(-1) if tensor.dim() else tensor)
-            out += [torch.tensor(stride) for stride in tensor.stride()[:-1]]
-        return out + [torch.tensor(sizes[symbol]) for symbol in self.sizes]
+            out += tensor.stride()[:-1]
+        return out + [sizes[symbol] for symbol in self.sizes]
 
     def modifier(self, expression: Any) -> Callable[..., Any]:
         """The expression as a function of (positions and S) and what `values` gives."""
@@ -187,34 +216,36 @@ class _Reads:
 
 
 class FlexRunner:
-    """A compiled kernel with the block lists of the lengths that it has met."""
+    """A compiled kernel with what the host makes for the lengths that it has met."""
 
     carries_nan = False
 
-    def __init__(self, spec: AttentionSpec, config: FlexConfig) -> None:
+    def __init__(self, spec: AttentionSpec, config: FlexConfig, device: str) -> None:
         self.spec = spec
         self.config = config
+        self.device = device
         self._mask, self._score = _with_sink_column(spec)
         self._mask_reads, self._score_reads = _Reads.of(self._mask), _Reads.of(self._score)
-        self._calls: dict[int, Callable[[list[torch.Tensor]], torch.Tensor]] = {}
+        self._calls: dict[FlexVariant, Callable[[list[torch.Tensor]], torch.Tensor]] = {}
         self._lists: Kept[tuple[torch.Tensor, ...]] = Kept(_KEPT_LENGTHS)
+        self._staged: Kept[StagedInputs] = Kept(_KEPT_LENGTHS)
+        self._recorded: dict[Hashable, StagedInputs] = {}
         self._lock = threading.RLock()
-        self._compiled()
+        self._compiled(_first_variant(device))
 
-    def _compiled(self) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-        """The kernel for the number of threads there is now: it has scratch for just so many."""
-        threads = torch.get_num_threads()
+    def _compiled(self, variant: FlexVariant) -> Callable[[list[torch.Tensor]], torch.Tensor]:
         with self._lock:
-            if threads not in self._calls:
-                self._calls[threads] = self._compile()
-            return self._calls[threads]
+            if variant not in self._calls:
+                self._calls[variant] = self._compile(variant)
+            return self._calls[variant]
 
-    def _compile(self) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    def _compile(self, variant: FlexVariant) -> Callable[[list[torch.Tensor]], torch.Tensor]:
         kinds = [_STORED[operand.kind] for operand in self.spec.operands]
         mask_mod = self._mask_reads.modifier(self._mask)
         score_mod = self._score_reads.modifier(self._score)
         return compile_flex(
             self.config,
+            variant,
             lambda score, b_, h_, q_, k_, *captured: score_mod(
                 {S: score, b: b_, h: h_, q: q_, k: k_}, captured
             ),
@@ -237,22 +268,68 @@ class FlexRunner:
         spec = self.spec
         self._check(q_BHMD, k_BGND, v_BGNE, operands)
         stored = [
-            operand.to(_STORED[kind.kind])
+            operand.to(q_BHMD.device, _STORED[kind.kind])
             for operand, kind in zip(operands, spec.operands, strict=True)
         ]
         if spec.sink is not None:
             k_BGND, v_BGNE = (_with_zero_row(t) for t in (k_BGND, v_BGNE))
         rows, columns = q_BHMD.shape[2], k_BGND.shape[2]
         sizes = {M: rows, N: columns, **{param(i): value for i, value in enumerate(params)}}
-        out = self._compiled()(
+        values = [
+            *self._score_reads.values(stored, sizes),
+            *self._mask_reads.values(stored, sizes),
+        ]
+        lengths = (rows, columns, *params)
+        if self.device == "cpu":
+            return self._on_cpu((q_BHMD, k_BGND, v_BGNE), lengths, values, stored)
+        return self._on_gpu((q_BHMD, k_BGND, v_BGNE), lengths, values)
+
+    def _on_cpu(
+        self,
+        qkv: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+        values: Sequence[torch.Tensor | int],
+        stored: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        out = self._compiled(_first_variant("cpu"))(
             [
-                *(with_unit_stride(t) for t in (q_BHMD, k_BGND, v_BGNE)),
-                *self._block_lists(rows, columns, tuple(params)),
-                *self._score_reads.values(stored, sizes),
-                *self._mask_reads.values(stored, sizes),
+                *(with_unit_stride(t) for t in qkv),
+                *self._lists.get(lengths, lambda: self._block_lists(lengths)),
+                *(torch.as_tensor(value) for value in values),
             ]
         )
-        return _with_empty_rows(out, q_BHMD, v_BGNE, stored, params, spec)
+        return _with_empty_rows(out, qkv[0], qkv[2], stored, lengths[2:], self.spec)
+
+    def _on_gpu(
+        self,
+        qkv: tuple[torch.Tensor, ...],
+        lengths: tuple[int, ...],
+        values: Sequence[torch.Tensor | int],
+    ) -> torch.Tensor:
+        """Without waiting for the device, and without keeping anything on it."""
+        device = qkv[0].device
+        numbers = tuple(value for value in values if isinstance(value, int))
+        lists, scalars = self._inputs(lengths, numbers).on(device)
+        given = iter(scalars)
+        aligned = [with_aligned_strides(t) for t in qkv]
+        tables = [value for value in values if isinstance(value, torch.Tensor)]
+        return self._compiled(FlexVariant(device, wide=is_wide([*aligned, *tables])))(
+            [
+                *aligned,
+                *lists,
+                *(value if isinstance(value, torch.Tensor) else next(given) for value in values),
+            ]
+        )
+
+    def _inputs(self, lengths: tuple[int, ...], numbers: tuple[int, ...]) -> StagedInputs:
+        def made() -> StagedInputs:
+            with torch.device("cpu"):  # whatever the default is
+                return StagedInputs.of(self._block_lists(lengths), numbers)
+
+        staged = self._staged.get((lengths, numbers), made)
+        if is_recording():  # what is recorded copies from there for as long as it is replayed
+            self._recorded[lengths, numbers] = staged
+        return staged
 
     def _check(
         self,
@@ -263,6 +340,11 @@ class FlexRunner:
     ) -> None:
         """The generated code checks nothing: what it was not made for would read wild memory."""
         config = self.config
+        if q_BHMD.device.type != self.device:
+            raise ValueError(f"q is on {q_BHMD.device}, the kernel was made for {self.device}")
+        lengths = (q_BHMD.shape[2], k_BGND.shape[2])
+        if config.whole and any(n % block for n, block in zip(lengths, config.block, strict=True)):
+            raise ValueError(f"lengths {lengths} are no multiples of {config.block}")
         wanted = (
             (config.heads, config.head_dim),
             (config.kv_heads, config.head_dim),
@@ -277,15 +359,16 @@ class FlexRunner:
         if len(operands) != len(self.spec.operands):
             raise ValueError(f"{len(operands)} operands instead of {len(self.spec.operands)}")
 
-    def _block_lists(
-        self, rows: int, columns: int, params: tuple[int, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        return self._lists.get(
-            (rows, columns, *params),
-            lambda: block_lists(
-                block_structure(self._mask, rows, columns, *self.config.block, params)
-            ),
-        )
+    def _block_lists(self, lengths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        rows, columns, *params = lengths
+        return block_lists(block_structure(self._mask, rows, columns, *self.config.block, params))
+
+
+def _first_variant(device: str) -> FlexVariant:
+    """For the threads that there are now, or the GPU that is the current one."""
+    if device == "cpu":
+        return FlexVariant(torch.device(device), threads=torch.get_num_threads())
+    return FlexVariant(torch.device(device, torch.cuda.current_device()))
 
 
 # How operands of each kind are stored for the kernel.
@@ -301,7 +384,17 @@ def _with_sink_column(spec: AttentionSpec) -> tuple[Any, Any]:
         return spec.mask, spec.score
     at_sink = sympy.Ge(k, N - 1)
     mask, score, sink = (e.subs(N, N - 1) for e in (spec.mask, spec.score, spec.sink))
+    mask, score = (_reading_at_keys(e) for e in (mask, score))
     return sympy.Or(at_sink, mask), Where(at_sink, sink, score)
+
+
+def _reading_at_keys(expression: Any) -> Any:
+    """An expression that reads no tensor beyond the keys: its value at the sink counts for
+    nothing, but is computed."""
+    last = sympy.Min(k, N - 2)
+    return expression.replace(
+        Load, lambda number, *index: Load(number, *(i.subs(k, last) for i in index))
+    )
 
 
 def _truth(value: Any, like: Any) -> Any:

@@ -45,10 +45,35 @@ def attention(
     finite = runner.carries_nan or all_finite(q, k, v)
     if not (finite and q.numel() and k.numel() and v.numel()):
         # Kernels do not carry NaN to every row that it belongs in; written out, it gets there.
-        out = attention_by_rows(q, k, v, operands, params, runner.spec)
-    else:
-        out = runner(q, k, v, operands, params)
-    # As the fake says it lies, and no alias of an input.
+        return _as_fake(attention_by_rows(q, k, v, operands, params, runner.spec))
+    return _as_fake(runner(q, k, v, operands, params))
+
+
+def attention_on_gpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    plan: str,
+) -> torch.Tensor:
+    """The same by the one kernel that runs there.
+
+    Whether all is finite is not asked: the answer would have to be waited for.
+    """
+    if _kernel_of(plan) != "flex":
+        raise ValueError(f"not a plan for a GPU: {plan[:80]!r}")
+    runner = flex_runner(plan)
+    if not (q.numel() and k.numel() and v.numel()):
+        return _as_fake(attention_by_rows(q, k, v, operands, params, runner.spec))
+    return _as_fake(runner(q, k, v, operands, params))
+
+
+torch.library.impl("adaattn::attention", "CUDA", attention_on_gpu)
+
+
+def _as_fake(out: torch.Tensor) -> torch.Tensor:
+    """As the fake says it lies, and no alias of an input."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
