@@ -9,16 +9,20 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from adaattn_compiler.options import parse_options
-from adaattn_compiler.passes.pipeline import rewrite
+from adaattn_compiler.passes.decide import chooser_of
+from adaattn_compiler.passes.pipeline import Analysis, rewrite
+from adaattn_compiler.policy import Policy
 from adaattn_compiler.records import records
 from adaattn_compiler.report import dump, log_sites
 from adaattn_compiler.runtime.assumptions import Assumptions
+from adaattn_compiler.runtime.states import STATES, StateKey
 
 log = logging.getLogger("adaattn_compiler")
 
@@ -42,21 +46,25 @@ def adaattn(
     _settings(mode, inductors)  # a fault in these is the user's, not one of our graph
     if not ours.enabled:
         return _inductor(graph_module, example_inputs, mode, inductors)
-    analysis = rewrite(graph_module, example_inputs, ours)
+    chooser = chooser_of(ours, graph_module, example_inputs)
+    analysis = rewrite(graph_module, example_inputs, ours, chooser)
     sites = records(analysis)
     log_sites(sites, analysis.failure)
     dump(graph_module, analysis, sites, ours.dump_dir)
     if analysis.graph_module is None:
         return _inductor(graph_module, example_inputs, mode, inductors)
     original = copy.deepcopy(graph_module) if analysis.assumes else graph_module
+    states = states_of(analysis, example_inputs, ours.policy)
     try:
-        compiled = _inductor(analysis.graph_module, example_inputs, mode, inductors)
+        compiled = _inductor(analysis.graph_module, [*example_inputs, *states], mode, inductors)
     except torch._dynamo.exc.RestartAnalysis:
         raise
     except Exception as error:
         log.warning("Inductor failed on the rewritten graph, it gets the original: %r", error)
         log.debug("where Inductor failed", exc_info=True)
         return _inductor(graph_module, example_inputs, mode, inductors)
+    if states:
+        compiled = WithStates(compiled, states)
     if not analysis.assumes:
         return compiled
     return Assumptions.of(
@@ -64,6 +72,35 @@ def adaattn(
         example_inputs,
         compiled,
         lambda: _compiled_later(original, mode, inductors),
+    )
+
+
+@dataclass(frozen=True)
+class WithStates:
+    """A compiled graph that takes the states of its sites after its other inputs."""
+
+    compiled: Compiled
+    states: tuple[torch.Tensor, ...]
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.compiled(*inputs, *self.states)
+
+
+def states_of(
+    analysis: Analysis, inputs: Sequence[Any], policy: Policy | None
+) -> tuple[torch.Tensor, ...]:
+    """The states of an analysis's sites, which belong to the model that these inputs are of."""
+    if policy is None:
+        return ()
+    owner = next((i for i in inputs if isinstance(i, torch.nn.Parameter)), None)
+    return tuple(
+        STATES.of(
+            owner,
+            StateKey(policy.key(), site.key.name, site.key.ordinal),
+            site.problem.shape.heads,
+            site.problem.device,
+        )
+        for site in analysis.states
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.options import parse_options
+from adaattn_compiler.passes.decide import chooser_of
 from adaattn_compiler.passes.pipeline import rewrite
 from adaattn_compiler.records import Asked, SiteRecord, numbered, records
 from adaattn_compiler.report import dump, log_sites, predictions, sources, table
@@ -129,7 +130,8 @@ def explain(
     graphs: list[_Graph] = []
 
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        analysis = rewrite(graph_module, inputs, ours)
+        chooser = chooser_of(ours, graph_module, inputs)
+        analysis = rewrite(graph_module, inputs, ours, chooser)
         sites = records(analysis, len(graphs), asked)
         log_sites(sites, analysis.failure)
         dump(graph_module, analysis, sites, ours.dump_dir)

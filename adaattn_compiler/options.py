@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaattn_compiler.policy import Policy
+
 log = logging.getLogger("adaattn_compiler")
 
 _KNOWN_KERNELS = ("sdpa", "strips", "flex", "cpp", "triton", "cudnn", "flash", "efficient")
@@ -37,6 +39,9 @@ class Options:
     dump_dir (None): folder for each graph before and after, as text.
     analysis_seconds (120): the longest that finding and checking the attentions of one graph may
     take (choosing kernels not counted); after that Inductor gets the graph as it is.
+    policy (None): a `Policy`, or the path of its file; without one everything is exact.
+    audit_rows (4): how many query rows each call of a site that has a policy computes exactly, too,
+    before (a head whose kept keys do not do there is exact in that call) and after; 0 for none.
     """
 
     enabled: bool = True
@@ -46,6 +51,8 @@ class Options:
     cache_dir: Path = Path("~/.cache/adaattn")
     dump_dir: Path | None = None
     analysis_seconds: float = 120.0
+    policy: Policy | None = None
+    audit_rows: int = 4
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -53,6 +60,7 @@ class Options:
         return tuple(field.name for field in dataclasses.fields(Options))
 
 
+_MOST_ROWS = 64
 _SWITCHES = ("enabled", "validate", "measure")
 _PREFIX = "ADAATTN_"
 _BENCHMARKS_PREFIX = "ADAATTN_BENCH_"
@@ -131,6 +139,8 @@ def _parsed(name: str, text: str) -> Any:
         if text.lower() not in words:
             raise ValueError("it must be 1 or true, 0 or false")
         return words[text.lower()]
+    if name == "audit_rows" and text.isdecimal():
+        return int(text)
     if name == "analysis_seconds":
         try:
             return float(text)
@@ -151,11 +161,22 @@ def _checked(key: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError("it must be a number of seconds above 0")
         return float(value)
-    if value is None and key == "dump_dir":
+    if key == "audit_rows":
+        return _checked_rows(value)
+    if value is None and key in ("dump_dir", "policy"):
         return None
+    if isinstance(value, Policy) and key == "policy":
+        return value
     if not isinstance(value, (str, os.PathLike)):
-        raise ValueError("it must be a path")
-    return Path(value).expanduser()
+        raise ValueError("it must be a path" + (", or a Policy" if key == "policy" else ""))
+    path = Path(value).expanduser()
+    return Policy.load(path) if key == "policy" else path
+
+
+def _checked_rows(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ROWS:
+        raise ValueError(f"it must be a number of rows from 0 to {_MOST_ROWS}")
+    return value
 
 
 def _checked_kernels(value: Any) -> tuple[str, ...]:

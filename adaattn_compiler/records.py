@@ -35,7 +35,7 @@ class SiteRecord:
     mask: in words: "causal & window(512)", "key padding", "none", ...
     kernel: what computes it: "sdpa", "strips", "flex" or "cpp"; on a GPU "sdpa", "cudnn", "flash",
     "efficient" or "triton".
-    decision: how exactly it is computed; always "exact" so far.
+    decision: how exactly it is computed: "exact", or what the heads do by a policy.
     shape: sizes as captured, "B1 H8 G2 M64 N64 D32": batch, query heads, key/value heads, query
     length, key length, head dimension; E, the head dimension of V, where it differs.
     score: what is done to the scaled product S of a query and a key before the softmax: "S" alone,
@@ -125,7 +125,7 @@ def _lowered_record(result: Lowered, graph: int, asked: Asked) -> SiteRecord:
         spelling=site.spelling,
         mask=describe(site.spec.mask),
         kernel=kernel.name,
-        decision="exact",
+        decision=result.choice.decision,
         shape=_sizes(result),
         score=str(site.spec.score),
         why=result.choice.why,

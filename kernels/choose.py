@@ -55,11 +55,16 @@ OPS = (ops.attention, triton_attention)
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel chosen and why; times in seconds where kernels were measured."""
+    """The kernel chosen and why; times in seconds where kernels were measured.
+
+    decision: how exactly it computes, in words. stateful: whether it keeps a state of its heads.
+    """
 
     kernel: Kernel
     why: str
     times: tuple[tuple[str, float], ...] = ()
+    decision: str = "exact"
+    stateful: bool = False
 
 
 # Tiles of the generated Triton kernel that compete with each other.
@@ -73,7 +78,7 @@ def kernels(device: str = "cpu") -> tuple[Kernel, ...]:
     if torch.version.hip:  # AMD's are called so, too; nothing of ours was made for them
         return (SdpaKernel(),)
     ours = (TritonKernel(target_here(), variant) for variant in range(_TRITON_VARIANTS))
-    return (SdpaKernel(), *TORCH_BACKENDS, *ours)
+    return (SdpaKernel(), *TORCH_BACKENDS, FlexKernel.on_gpus(), *ours)
 
 
 def prepare(problem: Problem, options: Options) -> None:

@@ -69,6 +69,12 @@ class Problem:
         return max(products, _OPERATIONS_PER_BYTE * self.dtype.itemsize * elements)
 
 
+def number_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of operands that are numbers: what torch computes in where a Python float meets a
+    tensor of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 # Of one core: some 100 billion operations and 15 billion bytes a second.
 _OPERATIONS_PER_BYTE = 7.0
 
@@ -77,7 +83,8 @@ _OPERATIONS_PER_BYTE = 7.0
 class Sizes:
     """Sizes of a call: ints, or nodes of the graph that is being written.
 
-    memo: what the calls of one graph may share (a mask that several layers use).
+    memo: what the calls of one graph may share (a mask that several layers use). state: of the
+    site's heads (runtime/state.py), for kernels that keep one.
     """
 
     batch: Any
@@ -86,6 +93,7 @@ class Sizes:
     columns: Any
     params: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict)
+    state: Any = None
 
     @property
     def scores(self) -> tuple[Any, int, Any, Any]:

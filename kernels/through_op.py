@@ -10,7 +10,7 @@ import torch
 
 from adaattn_compiler.kernels.evaluate import is_printable
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
-from adaattn_compiler.spec import AttentionSpec, EmptyRow
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, Where
 
 
 def op_refusal(problem: Problem) -> str | None:
@@ -24,7 +24,7 @@ def code_refusal(problem: Problem) -> str | None:
     """Why a problem's expressions are no code, in any language; None where they can be."""
     spec = problem.spec
     if any(isinstance(hint, float) for hint in problem.param_hints):
-        return "a number in the score is known only at run time"
+        return "a run-time number that is no integer, and no operand"
     for expression in (spec.score, spec.mask, spec.sink):
         if expression is not None and not is_printable(expression):
             return f"no code for {expression}"
@@ -45,7 +45,11 @@ def fills_rows(spec: AttentionSpec) -> bool:
     """
     if spec.empty_row is EmptyRow.UNIFORM:
         return True
-    return any(abs(number) > _MOST_FOR_BACKWARD for number in spec.score.atoms(sympy.Number))
+    if any(abs(number) > _MOST_FOR_BACKWARD for number in spec.score.atoms(sympy.Number)):
+        return True
+    # A number of the call, under a condition: that it is small is not known.
+    chosen = (branch for where in spec.score.atoms(Where) for branch in where.args[1:])
+    return any(len(load.args) == 1 for branch in chosen for load in branch.atoms(Load))
 
 
 def training_refusal(problem: Problem) -> str | None:

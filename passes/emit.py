@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from adaattn_compiler.kernels.evaluate import evaluate
 from adaattn_compiler.kernels.problem import Sizes
 from adaattn_compiler.passes.axes import atoms_of, within
 from adaattn_compiler.passes.canonical_view import (
@@ -34,6 +35,13 @@ from adaattn_compiler.passes.site import Operand
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
+
+# Note [Numbers in the graph]
+#
+# Dynamo gives a graph each float as a tensor of float64 on the CPU, and its `item()`. AOTAutograd
+# puts the tensor back where the item meets a tensor in arithmetic; where it is anything else (in
+# `torch.full`, or an argument of an op) the float becomes a constant with a guard, so that each
+# other float is a compilation. So the tensor on the device is a product.
 
 # Calls whose result differs from one run to the next: never written a second time.
 _RANDOM = (aten.bernoulli.p, aten.native_dropout.default, aten.rand_like.default)
@@ -58,6 +66,7 @@ class Emitter:
         self.before = before
         self.written: dict[fx.Node, fx.Node] = {}
         self.new: list[fx.Node] = []
+        self.inputs: list[fx.Node] = []
         self._order = {node: i for i, node in enumerate(before.graph.nodes)}
         self._tracer = tracer
         self.fake_mode = next(
@@ -67,7 +76,8 @@ class Emitter:
         )
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Write what a Python function does to its (node or plain) arguments."""
+        """Write what a Python function does to its arguments: nodes, plain or symbolic numbers."""
+        args, kwargs = self._sized(args), self._sized(kwargs)
         first = self._last()
         with self.graph.inserting_before(self.copies[self.before]):
             result = function(*self._proxies(args), **self._proxies(kwargs))
@@ -86,6 +96,15 @@ class Emitter:
     def method(self, name: str, tensor: fx.Node, *args: Any) -> fx.Node:
         """Write a call of a tensor's method."""
         node: fx.Node = self.call(lambda x, *rest: getattr(x, name)(*rest), tensor, *args)
+        return node
+
+    def input(self, name: str, value: torch.Tensor) -> fx.Node:
+        """One more input, after those that the graph has; value: what it is like."""
+        last = list(self.graph.find_nodes(op="placeholder"))[-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["example_value"] = self.fake_mode.from_tensor(value, static_shapes=True)
+        self.inputs.append(node)
         return node
 
     def _proxies(self, tree: Any) -> Any:
@@ -149,7 +168,7 @@ class Emitter:
         args = fx.node.map_arg(node.args, self.tensor)
         kwargs = fx.node.map_arg(node.kwargs, self.tensor)
         target: Any = operator.getitem if node.target is getitem else node.target
-        result = self.node(target, self._sized(args), self._sized(kwargs))
+        result = self.node(target, args, kwargs)
         self.written[node] = result
         return result
 
@@ -162,7 +181,7 @@ class Emitter:
         args = fx.node.map_arg(value.args, self.tensor_of_origin)
         kwargs = fx.node.map_arg(value.kwargs, self.tensor_of_origin)
         target: Any = operator.getitem if value.target is getitem else value.target
-        result = self.node(target, self._sized(args), self._sized(kwargs))
+        result = self.node(target, args, kwargs)
         self.written[value] = result
         return result
 
@@ -216,6 +235,43 @@ class Emitter:
                     if isinstance(size, torch.SymInt) and size.node.expr == symbol:
                         return self.call(torch.ops.aten.sym_size.int, copy, dim)
         raise Refusal(f"a size {symbol} that no tensor has")
+
+    # -- numbers ---------------------------------------------------------------------------
+
+    def number(
+        self,
+        expression: sympy.Expr,
+        device: torch.device,
+        dtype: torch.dtype,
+        memo: dict[Any, fx.Node],
+    ) -> fx.Node:
+        """A number over symbols of floats as a tensor without axes, computed in float64.
+
+        memo: what was written for other sites of the graph.
+        """
+        key = ("number", expression, device, dtype)
+        if key not in memo:
+            symbols = sorted(expression.free_symbols, key=str)
+            values = [self._float64(symbol, device, memo) for symbol in symbols]
+            wide = self.call(
+                lambda *given: evaluate(
+                    expression, dict(zip(symbols, given, strict=True)), _no_load
+                ),
+                *values,
+            )
+            memo[key] = wide if dtype == torch.float64 else self.method("to", wide, dtype)
+        return memo[key]
+
+    def _float64(
+        self, symbol: sympy.Symbol, device: torch.device, memo: dict[Any, fx.Node]
+    ) -> fx.Node:
+        """See Note [Numbers in the graph]."""
+        key = ("number", symbol, device)
+        if key not in memo:
+            like = {"dtype": torch.float64, "device": device}
+            one = self.node(torch.ones, ((),), like)
+            memo[key] = self.call(operator.mul, one, self._symbol(symbol))
+        return memo[key]
 
     # -- layouts ---------------------------------------------------------------------------
 
@@ -324,6 +380,10 @@ def _product(*terms: Any) -> Any:
     for term in terms[1:]:
         total = total * term
     return total
+
+
+def _no_load(operand: int, index: tuple[sympy.Expr, ...]) -> Any:
+    raise AssertionError("a number that reads a tensor")
 
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {

@@ -18,19 +18,22 @@ import sympy
 import torch
 from torch import fx
 
-from adaattn_compiler.kernels.choose import Choice, choose, prepare
+from adaattn_compiler.kernels.choose import Choice
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions, rank_of
-from adaattn_compiler.kernels.problem import Problem, Shape, Sizes
+from adaattn_compiler.kernels.problem import Problem, Shape, Sizes, number_type
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origin_of
+from adaattn_compiler.passes.choices import Choices, Chooser, SiteKey, keys_of
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
+from adaattn_compiler.passes.numbers import with_numbers_as_operands
 from adaattn_compiler.passes.protect import protect
 from adaattn_compiler.passes.relevance import writes
 from adaattn_compiler.passes.resample import distance_vector
 from adaattn_compiler.passes.site import Refused, SideTensor, Site
 from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.passes.views import Access, input_access
+from adaattn_compiler.runtime.state import new_state
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
@@ -45,15 +48,20 @@ class Lowered:
     site: Site
     problem: Problem
     choice: Choice
+    key: SiteKey
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten graph (None where nothing was rewritten) and what became of each site."""
+    """A rewritten graph (None where nothing was rewritten) and what became of each site.
+
+    states: of which sites, in order, it takes the state (runtime/state.py) after its other inputs.
+    """
 
     graph_module: fx.GraphModule | None
     results: tuple[Lowered | Refused, ...] = field(default=())
+    states: tuple[Lowered, ...] = ()
 
 
 def lower(
@@ -61,40 +69,46 @@ def lower(
     view: CanonicalView,
     found: Sequence[Site | Refused],
     options: Options,
+    chooser: Chooser | None = None,
 ) -> Rewritten:
-    """See the module's docstring."""
+    """See the module's docstring; chooser: asked first for each site."""
     graph, copies = _copied(graph_module)
     tracer = fx.proxy.GraphAppendingTracer(graph)
     memo: dict[Any, Any] = {}
     # As they stand in the graph: what one writes (a mask), the next may read.
     place = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    found = [with_numbers_as_operands(i) if isinstance(i, Site) else i for i in found]
     sites = [item for item in found if isinstance(item, Site)]
     sites.sort(key=lambda site: place[origin_of(site.output)])
-    _prepare(sites, options)
-    choices: dict[Problem, Choice] = {}  # layers alike are chosen for once
-    lowered = {s.output: _lowered(view, tracer, copies, s, options, memo, choices) for s in sites}
+    choices = Choices(options, chooser)
+    choices.prepare(_problems_of(sites))
+    numbered = zip(found, keys_of(found), strict=True)
+    keys = {item.output: key for item, key in numbered if isinstance(item, Site)}
+    lowered = {
+        site.output: _lowered(view, tracer, copies, site, keys[site.output], memo, choices)
+        for site in sites
+    }
     results = [item if isinstance(item, Refused) else lowered[item.output] for item in found]
-    sites = [result.site for result in results if isinstance(result, Lowered)]
-    live = view.live_without({site.output: site.inputs for site in sites})
+    done = [result for result in lowered.values() if isinstance(result, Lowered)]
+    live = view.live_without({result.site.output: result.site.inputs for result in done})
     protected = protect(view, tracer, copies, live)
-    if not sites and not protected:
+    if not done and not protected:
         return Rewritten(None, tuple(results))
     _erase_dead(view, graph, copies, live)
     graph.lint()
     rewritten = fx.GraphModule(graph_module, graph)
     rewritten.meta = dict(graph_module.meta)
-    return Rewritten(rewritten, tuple(results))
+    states = tuple(result for result in done if result.choice.stateful)
+    return Rewritten(rewritten, tuple(results), states)
 
 
-def _prepare(sites: Sequence[Site], options: Options) -> None:
-    """Kernels of all sites are built at once; what is wrong with one is said in its turn."""
-    problems: dict[Problem, None] = {}
+def _problems_of(sites: Sequence[Site]) -> list[Problem]:
+    """Of those sites that have one; what is wrong with another is said in its turn."""
+    problems: list[Problem] = []
     for site in sites:
         with contextlib.suppress(Exception):
-            problems[problem_of(site)] = None
-    for problem in problems:
-        with contextlib.suppress(Exception):
-            prepare(problem, options)
+            problems.append(problem_of(site))
+    return problems
 
 
 def _copied(graph_module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -112,9 +126,9 @@ def _lowered(
     tracer: fx.proxy.GraphAppendingTracer,
     copies: dict[fx.Node, fx.Node],
     site: Site,
-    options: Options,
+    key: SiteKey,
     memo: dict[Any, Any],
-    choices: dict[Problem, Choice],
+    choices: Choices,
 ) -> Lowered | Refused:
     before = origin_of(site.output)
     emitter = Emitter(view, tracer, copies, before)
@@ -124,9 +138,7 @@ def _lowered(
             raise Refusal("a product whose call also writes it somewhere", site.output)
         problem = problem_of(site)
         begin = time.perf_counter()
-        if problem not in choices:
-            choices[problem] = choose(problem, options)
-        choice = choices[problem]
+        choice = choices.of(key, site, problem)
         seconds = time.perf_counter() - begin
         result = _call(emitter, site, problem, choice, memo)
         _replace(emitter, site, result)
@@ -135,14 +147,14 @@ def _lowered(
         if not expected:
             log.warning("a site could not be written, it is left to Inductor: %r", error)
             log.debug("where it failed", exc_info=True)
-        for node in reversed(emitter.new):
+        for node in reversed([*emitter.inputs, *emitter.new]):
             tracer.graph.erase_node(node)
         memo.clear()
         memo.update(shared)
         reason = str(error) if expected else f"writing it failed: {error!r}"
         return site.refused(reason)
     _annotate(emitter, before)
-    return Lowered(site, problem, choice, seconds)
+    return Lowered(site, problem, choice, key, seconds)
 
 
 def problem_of(site: Site) -> Problem:
@@ -174,9 +186,12 @@ def problem_of(site: Site) -> Problem:
         dtype,
         meta_of(q_node).device.type,
         site.requires_grad,
-        tuple(_side_shape(side, site) for side in site.sides),
+        (*(_side_shape(side, site) for side in site.sides), *(() for _ in site.numbers)),
         tuple(size_hint(value, site.fake) for value in site.params),
-        tuple(meta_of(side.node).dtype for side in site.sides),
+        (
+            *(meta_of(side.node).dtype for side in site.sides),
+            *(number_type(dtype) for _ in site.numbers),
+        ),
     )
 
 
@@ -198,6 +213,7 @@ def _call(
         emitter.size(site.sizes["N"]),
         tuple(emitter.size(param) for param in site.params),
         memo,
+        _state_input(emitter, problem) if choice.stateful else None,
     )
     operands = [
         emitter.tensor(side.node)
@@ -212,6 +228,8 @@ def _call(
         else emitter.method("to", operand, device)
         for operand in operands
     ]
+    dtype = number_type(problem.dtype)
+    operands += [emitter.number(number, device, dtype, memo) for number in site.numbers]
     tensors = []
     for operand in (site.q, site.k, site.v):
         node = emitter.operand(operand)
@@ -226,6 +244,12 @@ def _call(
     if dtype != problem.dtype:
         result = emitter.method("to", result, dtype)
     return result
+
+
+def _state_input(emitter: Emitter, problem: Problem) -> fx.Node:
+    """The state of a site's heads (runtime/state.py), after all inputs that the graph has."""
+    count = len(emitter.graph.find_nodes(op="placeholder"))
+    return emitter.input(f"adaattn_state_{count}", new_state(problem.shape.heads, problem.device))
 
 
 def _distance_operand(emitter: Emitter, site: Site, access: Access, sizes: Sizes) -> fx.Node:

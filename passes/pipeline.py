@@ -23,6 +23,7 @@ from torch import fx
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.bodies import in_order, rewrite_bodies, with_bodies
 from adaattn_compiler.passes.canonicalize import canonicalize
+from adaattn_compiler.passes.choices import Chooser
 from adaattn_compiler.passes.deadline import Deadline, OutOfTime
 from adaattn_compiler.passes.expand import expand
 from adaattn_compiler.passes.gradients import check_gradients
@@ -45,6 +46,7 @@ class Analysis:
     graph_module: the rewritten graph, or None where the original is to be used.
     results: what became of each attention that was seen.
     assumes: inputs whose values the rewriting relies on.
+    states: the sites whose states it takes after its other inputs, in that order.
     failure: why the whole graph was left alone.
     seconds: time spent in each pass, and under "kernels" on choosing and building them.
     """
@@ -52,22 +54,36 @@ class Analysis:
     graph_module: fx.GraphModule | None
     results: tuple[Lowered | Refused, ...] = ()
     assumes: frozenset[int] = frozenset()
+    states: tuple[Lowered, ...] = ()
     failure: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def rewrite(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Analysis:
-    """Find and lower the attentions of a Dynamo graph. Never raises."""
+def rewrite(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    chooser: Chooser | None = None,
+) -> Analysis:
+    """Find and lower the attentions of a Dynamo graph. Never raises.
+
+    chooser: asked first how to compute a site; not in bodies of higher-order ops.
+    """
     # What the passes run on fake tensors is not the user's to save (checkpointing counts it).
     with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-        return _rewritten(graph_module, inputs, options)
+        return _rewritten(graph_module, inputs, options, chooser)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Analysis:
+def _rewritten(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    chooser: Chooser | None,
+) -> Analysis:
     timer = _Timer()
     deadline = Deadline.after(options.analysis_seconds)
 
@@ -88,7 +104,7 @@ def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Opt
         if options.validate:
             found = timer("validate", validate, view, found)
             found = timer("prove", prove_masks, view, found)
-        rewritten = timer("lower", lower, expanded, view, found, options)
+        rewritten = timer("lower", lower, expanded, view, found, options, chooser)
         results = in_order(rewritten.results, bodies, expanded.graph)
         # Where nothing was lowered in it, the graph as it was before its calls were expanded.
         outcome = with_bodies(graph_module, rewritten.graph_module, bodies)
@@ -106,7 +122,13 @@ def _rewritten(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Opt
     lowered = [result for result in rewritten.results if isinstance(result, Lowered)]
     timer.split("lower", "kernels", sum(result.seconds for result in lowered))
     assumes = [result.site.assumes for result in lowered] + [body.assumes for body in bodies]
-    return Analysis(outcome, results, frozenset().union(*assumes), seconds=timer.seconds)
+    return Analysis(
+        outcome,
+        results,
+        frozenset().union(*assumes),
+        () if outcome is None else rewritten.states,
+        seconds=timer.seconds,
+    )
 
 
 class _Timer:

@@ -51,6 +51,8 @@ class Site:
     assumes: which of the graph's inputs are buffers whose values the spec was read from.
     readings: elements of masks and biases with the expressions that they were read as (over the
     spec's operands).
+    numbers: expressions over symbols of floats, each an operand without axes after those of sides
+    (numbers.py).
     """
 
     name: str
@@ -73,6 +75,7 @@ class Site:
     requires_grad: bool = False
     assumes: frozenset[int] = field(default=frozenset())
     readings: tuple[tuple[Access, Any], ...] = field(default=())
+    numbers: tuple[sympy.Expr, ...] = ()
 
     def refused(self, reason: str) -> Refused:
         """The site, left alone."""

@@ -78,6 +78,19 @@ def settle(graph: fx.Graph, symbols: set[sympy.Symbol]) -> bool:
     return settled
 
 
+def settle_range(size: sympy.Expr, low: int, high: int, fake: Any) -> bool:
+    """Whether a size is from low to high; a guard, where it is a symbol, that it stays so or stays
+    outside.
+
+    fake: a tensor whose shape environment knows it.
+    """
+    hint = size_hint(size, fake)
+    if size.is_Integer:
+        return bool(low <= hint <= high)
+    symbol = fake.fake_mode.shape_env.create_symintnode(size, hint=hint)
+    return bool(symbol >= low) and bool(symbol <= high)
+
+
 def _operands(node: fx.Node) -> list[Any]:
     named = [node.kwargs[name] for name in ("query", "key", "value") if name in node.kwargs]
     return [*node.args[:3], *named]

@@ -32,10 +32,20 @@ struct Call {
   int64_t list_batch_stride, list_head_stride;  // of `offsets`; 0 where lists are shared
   const float* key_bias;                        // added to the score of each key; may be null
   int64_t key_bias_batch_stride, key_bias_head_stride;
-  int64_t scores_in_bfloat16, values_in_bfloat16;
+  // Of each head the products whose operands are rounded to bfloat16 (bits of Mode), where the library
+  // knows of it and the machine multiplies it; null: none.
+  const int32_t* modes;
+  int64_t mode_batch_stride, mode_head_stride;
+  // Of each head how far below its row's maximum a score is to be left out (find_skipped); null: none.
+  const float* skip;
+  int64_t skip_batch_stride, skip_head_stride;
+
+  int64_t* skipped;  // [B, H], added to: how often a row has skipped a block of keys; may be null
   int64_t threads;
   uint64_t seed;  // of dropout
 };
+
+enum Mode : int32_t { kScoresInBfloat16 = 1, kValuesInBfloat16 = 2 };
 
 // Where the gradient of an operand goes: float64, a copy for each thread, or float32, one for all of
 // them (copy_stride 0) that is added to atomically.
@@ -64,7 +74,7 @@ struct BackwardCall {
   const OperandGradient* gradients;  // one for each operand; null where nobody asks for any
 };
 
-static_assert(sizeof(Call) == 35 * 8 && sizeof(BackwardCall) == (35 + 17) * 8 &&
+static_assert(sizeof(Call) == 40 * 8 && sizeof(BackwardCall) == (40 + 17) * 8 &&
                   sizeof(Operand) == 5 * 8 && sizeof(OperandGradient) == 6 * 8,
               "all members are of 64 bits");
 

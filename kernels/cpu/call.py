@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 
 DONE, NOT_FINITE, NO_MEMORY = 0, 1, 2
+# Bits of a plan's modes: which product's operands are rounded.
+SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16 = 1, 2
+# Rows that skip a block together (kTileRows), and blocks of a step of the softmax (kStepBlocks).
+STRIP_ROWS, STEP_BLOCKS = 6, 4
 
 
 @dataclass(frozen=True)
@@ -23,28 +27,30 @@ class Plan:
 
     offsets: int32 [B|1, H|1, blocks of query rows + 1], places in `blocks`; the lists of a head
     follow each other there. blocks: int32, each 2 * index + (1 where masked inside).
-    key_bias: float32 [B|1, H|1, N], added to each key's score. The flags let the products of a
-    stage take bfloat16 for float32 tensors.
+    key_bias: float32 [B|1, H|1, N], added to each key's score. modes: int32 [B|1, H|1], sums of
+    SCORES_IN_BFLOAT16 and VALUES_IN_BFLOAT16. skip: float32 [B|1, H|1], above 0, inf for never:
+    a block of keys is left out for a strip of STRIP_ROWS rows if its scores all lie by more than
+    this below the largest that their own row has met up to the end of the step of STEP_BLOCKS
+    blocks. Blocks are taken in the order of their list: those that are likely to matter first
+    let more of the others be skipped. Up to eight rows are computed without either.
     """
 
     offsets: torch.Tensor
     blocks: torch.Tensor
     key_bias: torch.Tensor | None = None
-    scores_in_bfloat16: bool = False
-    values_in_bfloat16: bool = False
+    modes: torch.Tensor | None = None
+    skip: torch.Tensor | None = None
 
     @functools.cached_property
     def numbers(self) -> tuple[int, ...]:
         """Its members of Call."""
-        bias = self.key_bias
         return (
             self.offsets.data_ptr(),
             self.blocks.data_ptr(),
             *_shared_strides(self.offsets),
-            _address(bias),
-            *((0, 0) if bias is None else _shared_strides(bias)),
-            self.scores_in_bfloat16,
-            self.values_in_bfloat16,
+            *_of_heads(self.key_bias),
+            *_of_heads(self.modes),
+            *_of_heads(self.skip),
         )
 
 
@@ -54,7 +60,8 @@ class Arguments:
 
     q, k, v, out: [B,heads,length,dim], each with 1 as its last stride. params: the spec's numbers.
     seed: of dropout. Of each row, contiguous or None: lse [B,H,M], statistics [B,H,M,2] (the
-    largest score, the sum of exp(score - largest)), both float32.
+    largest score, the sum of exp(score - largest)), both float32; skipped [B,H], int64, is added
+    to: how often a row has left out a block of keys.
     """
 
     q: torch.Tensor
@@ -67,6 +74,7 @@ class Arguments:
     seed: int = 0
     lse: torch.Tensor | None = None
     statistics: torch.Tensor | None = None
+    skipped: torch.Tensor | None = None
 
 
 def forward(compiled: ctypes.CDLL, arguments: Arguments) -> int:
@@ -97,7 +105,7 @@ def backward(
     return int(compiled.attention_backward(call + struct.pack(f"{len(further)}q", *further)))
 
 
-_CALL = struct.Struct("34qQ")  # the seed has no sign
+_CALL = struct.Struct("39qQ")  # the seed has no sign
 _Row = ctypes.Array[ctypes.c_int64]
 
 
@@ -119,6 +127,7 @@ def _call_of(given: Arguments, operands: _Row, params: _Row) -> tuple[int, ...]:
         ctypes.addressof(operands),
         ctypes.addressof(params),
         *given.plan.numbers,
+        _address(given.skipped),
         torch.get_num_threads(),
         given.seed,
     )
@@ -148,6 +157,11 @@ def _four(strides: Sequence[int]) -> tuple[int, ...]:
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _of_heads(tensor: torch.Tensor | None) -> tuple[int, int, int]:
+    """Address and strides of what each head has of its own, or all share."""
+    return (0, 0, 0) if tensor is None else (_address(tensor), *_shared_strides(tensor))
 
 
 def _shared_strides(tensor: torch.Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-// The forward pass: blocks of query rows in parallel, each over its list of key blocks.
+// The forward pass of a block of query rows over its list of key blocks.
 //
 // Needs, from the generated source: Number (of q, k, v and out), kHeadDim, kValueDim, kGroup, kScale,
 // kScaleIsExact (it is a power of 2), kMaskOfHead (heads have masks of their own), kPlain (the score
@@ -8,11 +8,8 @@
 
 #pragma once
 
-#include <atomic>
-
 #include "dropout.h"
-#include "memory.h"
-#include "pack.h"
+#include "panels.h"
 #include "softmax.h"
 
 // Query rows of a block, and key blocks that one step of the online softmax takes together.
@@ -97,50 +94,6 @@ static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t ro
   for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(weighted[e] * inverse);
 }
 
-// All of K and V, packed.
-template <typename KeyWord, typename ValueWord>
-struct PackedKeys {
-  static constexpr int kKeyWords = words_of<KeyWord>(kHeadDim) * kBlockKeys;
-  static constexpr int kValueWords =
-      kBlockKeys / kInWord<ValueWord> * rounded_up(kValueDim, kLanes);
-
-  int64_t heads, blocks;
-  Buffer<KeyWord> keys;
-  Buffer<ValueWord> values;
-
-  explicit PackedKeys(const Call& call)
-      : heads(call.heads / kGroup), blocks((call.columns + kBlockKeys - 1) / kBlockKeys) {
-    const int64_t count = call.batch * heads * blocks;
-    keys = buffer_of<KeyWord>(count * kKeyWords);
-    values = buffer_of<ValueWord>(count * kValueWords);
-  }
-
-  const KeyWord* keys_of(int64_t batch, int64_t head, int64_t block) const {
-    return keys.get() + ((batch * heads + head) * blocks + block) * kKeyWords;
-  }
-  const ValueWord* values_of(int64_t batch, int64_t head, int64_t block) const {
-    return values.get() + ((batch * heads + head) * blocks + block) * kValueWords;
-  }
-
-  // Whether all elements are finite.
-  bool fill(const Call& call) {
-    std::atomic<bool> finite{true};
-#pragma omp parallel for num_threads(call.threads) schedule(static)
-    for (int64_t item = 0; item < call.batch * heads * blocks; ++item) {
-      const auto [batch, head, block] = place_of(item, heads, blocks);
-      const int64_t first = block * kBlockKeys;
-      const int64_t rest = call.columns - first, count = rest < kBlockKeys ? rest : kBlockKeys;
-      const bool good =
-          pack_keys<kHeadDim>(row_of(call.k, batch, head, first), call.k.row_stride, count,
-                              keys.get() + item * kKeyWords) &
-          pack_values<kValueDim>(row_of(call.v, batch, head, first), call.v.row_stride, count,
-                                 values.get() + item * kValueWords);
-      if (!good) finite.store(false, std::memory_order_relaxed);
-    }
-    return finite.load();
-  }
-};
-
 // One block of query rows on its way through the keys.
 template <typename KeyWord, typename ValueWord>
 struct QueryBlock {
@@ -154,11 +107,16 @@ struct QueryBlock {
   alignas(64) float out[kBlockRows * kOut];
   RowState state[kBlockRows];
   int64_t batch, head, first, rows;
+  float skip;
+  int64_t skipped_rows;  // how often one of them has skipped a block
 
   // Whether all its queries are finite.
   bool start(const Call& call, int64_t at_batch, int64_t at_head, int64_t at_block) {
     batch = at_batch, head = at_head, first = at_block * kBlockRows;
     rows = call.rows - first < kBlockRows ? call.rows - first : kBlockRows;
+    skip = call.skip ? call.skip[batch * call.skip_batch_stride + head * call.skip_head_stride]
+                     : kInfinity;
+    skipped_rows = 0;
     bool finite = true;
     for (int64_t row = 0; row < rows; ++row) {
       const Number* query = row_of(call.q, batch, head, first + row);
@@ -171,14 +129,13 @@ struct QueryBlock {
   }
 
   // Up to kStepBlocks key blocks at a time.
-  void visit(const Call& call, const PackedKeys<KeyWord, ValueWord>& packed,
-             const int32_t* entries, int64_t count) {
+  void visit(const Call& call, const PackedKeys& packed, const int32_t* entries, int64_t count) {
     float factor[kStepBlocks];
     Range parts[kStepBlocks][kStrips];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t block = block_of(entries[i]);
       const bool masked = is_cut(entries[i]);
-      const KeyWord* keys = packed.keys_of(batch, head / kGroup, block);
+      const KeyWord* keys = packed.keys_of<KeyWord>(batch, head / kGroup, block);
       float* products = scores + i * kBlockKeys;
       if (masked) {
         // Products outside of the parts are left as they were: finish_block makes them -inf.
@@ -192,25 +149,48 @@ struct QueryBlock {
       factor[i] =
           finish_block(call, batch, head, first, rows, block, masked, products, kStepKeys);
     }
-    weigh(call, entries, factor, count);
-    for (int64_t i = 0; i < count; ++i) add_values(packed, entries[i], i, parts[i]);
+    uint32_t skipped[kStrips] = {};  // of the step's blocks, as bits
+    weigh(call, entries, factor, count, skipped);
+    for (int64_t i = 0; i < count; ++i) add_values(packed, entries[i], i, parts[i], skipped);
   }
 
-  // The i-th block of a step.
-  void add_values(const PackedKeys<KeyWord, ValueWord>& packed, int32_t entry, int64_t i,
-                  Range* parts) {
+  // The i-th block of a step, for the strips that do not skip it.
+  void add_values(const PackedKeys& packed, int32_t entry, int64_t i, Range* parts,
+                  const uint32_t* skipped) {
     constexpr int kWord = kInWord<ValueWord>;
+    const int strips = int((rows + kTileRows - 1) / kTileRows);
     if (is_cut(entry))  // from keys to words
-      for (int strip = 0; strip * kTileRows < rows; ++strip)
+      for (int strip = 0; strip < strips; ++strip)
         parts[strip] = {parts[strip].from / kWord, parts[strip].to / kWord};
+    int left_out = 0;
+    for (int strip = 0; strip < strips; ++strip) left_out += skipped[strip] >> i & 1;
+    if (left_out == strips) return;
+    if (left_out > 0)
+      for (int strip = 0; strip < strips; ++strip) {
+        if (!is_cut(entry)) parts[strip] = {0, kBlockKeys / kWord};
+        if (skipped[strip] >> i & 1) parts[strip] = {0, 0};
+      }
     multiply<kOut>(rows, weight_words() + i * kBlockKeys / kWord, kStepKeys / kWord,
-                   packed.values_of(batch, head / kGroup, block_of(entry)), out, kOut,
-                   kBlockKeys / kWord, true, is_cut(entry) ? parts : nullptr);
+                   packed.values_of<ValueWord>(batch, head / kGroup, block_of(entry)), out, kOut,
+                   kBlockKeys / kWord, true, is_cut(entry) || left_out > 0 ? parts : nullptr);
   }
 
-  void weigh(const Call& call, const int32_t* entries, const float* factor, int64_t count) {
+  // Scores become weights, but for the blocks of the step that a strip of rows skips; those are
+  // written. By strips and not by blocks of rows, as the products are: where some rows have found
+  // their largest score, others still look for it.
+  void weigh(const Call& call, const int32_t* entries, const float* factor, int64_t count,
+             uint32_t* skipped) {
     alignas(64) float kept[kDropout > 0.0f ? kStepKeys : 1];
+    float largest[kTileRows];
     for (int64_t row = 0; row < rows; ++row) {
+      if (skip < kInfinity && row % kTileRows == 0) {
+        const int64_t together = rows - row < kTileRows ? rows - row : kTileRows;
+        uint32_t& found = skipped[row / kTileRows];
+        found = find_skipped<kBlockKeys, kStepBlocks>(skip, together, state + row,
+                                                      scores + row * kStepKeys, kStepKeys, factor,
+                                                      count, largest);
+        skipped_rows += together * __builtin_popcount(found);
+      }
       if constexpr (kDropout > 0.0f) {
         const int64_t place = (batch * call.heads + head) * call.rows + first + row;
         const uint32_t numbers = row_of_numbers(call.seed, place);
@@ -224,9 +204,12 @@ struct QueryBlock {
         row_weights = row_scores;
       else
         row_weights = weights + row * kStepKeys;
+      const float* dropout = kDropout > 0.0f ? kept : nullptr;
       const float scale =
-          weigh_row<kBlockKeys>(state[row], row_scores, factor, count,
-                                kDropout > 0.0f ? kept : nullptr, row_weights);
+          skip < kInfinity
+              ? weigh_below<kBlockKeys>(largest[row % kTileRows], state[row], row_scores, factor,
+                                        count, skipped[row / kTileRows], dropout, row_weights)
+              : weigh_row<kBlockKeys>(state[row], row_scores, factor, count, dropout, row_weights);
       if (scale != 1.0f)
         for (int e = 0; e < kOut; e += kLanes)
           store(out + row * kOut + e, load(out + row * kOut + e) * scale);
@@ -244,37 +227,21 @@ struct QueryBlock {
     for (int64_t row = 0; row < rows; ++row)
       finish_row(call, batch, head, first + row, state[row].largest, sum_of(state[row].sum),
                  out + row * kOut);
+    if (call.skipped && skipped_rows > 0)
+      __atomic_fetch_add(call.skipped + batch * call.heads + head, skipped_rows, __ATOMIC_RELAXED);
+  }
+
+  // Whether all queries are finite.
+  bool run(const Call& call, const PackedKeys& packed, int64_t at_batch, int64_t at_head,
+           int64_t at_block) {
+    const bool finite = start(call, at_batch, at_head, at_block);
+    const int32_t* offset = call.offsets + batch * call.list_batch_stride +
+                            head * call.list_head_stride + at_block;
+    for (int64_t entry = offset[0]; entry < offset[1]; entry += kStepBlocks) {
+      const int64_t left = offset[1] - entry;
+      visit(call, packed, call.blocks + entry, left < kStepBlocks ? left : kStepBlocks);
+    }
+    finish(call);
+    return finite;
   }
 };
-
-template <typename KeyWord, typename ValueWord>
-static Status forward(const Call& call) {
-  PackedKeys<KeyWord, ValueWord> packed(call);
-  if (!packed.keys || !packed.values) return kNoMemory;
-  if (!packed.fill(call)) return kNotFinite;
-  const int64_t blocks = (call.rows + kBlockRows - 1) / kBlockRows;
-  const int64_t items = call.batch * call.heads * blocks;
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> status{kDone};
-#pragma omp parallel num_threads(call.threads)
-  {
-    auto memory = buffer_of<QueryBlock<KeyWord, ValueWord>>(1);
-    QueryBlock<KeyWord, ValueWord>* block = memory.get();
-    if (!block) status.store(kNoMemory);
-    // Last rows first: under a causal mask they take longest.
-    for (int64_t item; block && (item = next++) < items;) {
-      const auto [batch, head, from_last] = place_of(item, call.heads, blocks);
-      const int64_t list = blocks - 1 - from_last;
-      if (status.load() != kDone) break;
-      if (!block->start(call, batch, head, list)) status.store(kNotFinite);
-      const int32_t* offset =
-          call.offsets + batch * call.list_batch_stride + head * call.list_head_stride + list;
-      for (int64_t entry = offset[0]; entry < offset[1]; entry += kStepBlocks) {
-        const int64_t left = offset[1] - entry;
-        block->visit(call, packed, call.blocks + entry, left < kStepBlocks ? left : kStepBlocks);
-      }
-      block->finish(call);
-    }
-  }
-  return Status(status.load());
-}

@@ -17,6 +17,8 @@ from adaattn_compiler.kernels.cpu.call import (
     DONE,
     NO_MEMORY,
     NOT_FINITE,
+    SCORES_IN_BFLOAT16,
+    VALUES_IN_BFLOAT16,
     Arguments,
     Plan,
     backward,
@@ -115,11 +117,12 @@ class CppRunner:
         seed: int = 0,
         lse: torch.Tensor | None = None,
         statistics: torch.Tensor | None = None,
+        skipped: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; ValueError for tensors that it was not made for.
 
-        plan: other block lists, biases and precision than the spec's own. seed: of dropout.
-        lse, statistics: to be written (see Arguments).
+        plan: other block lists, biases, precision and skipping than the spec's own. seed: of
+        dropout. lse, statistics, skipped: to be written (see Arguments).
         """
         self._check(q_BHMD, k_BGND, v_BGNE, operands)
         batch, heads, rows, _ = q_BHMD.shape
@@ -128,6 +131,9 @@ class CppRunner:
             plan = self._forward_plan(rows, k_BGND.shape[2], params)
         else:
             _check_plan(plan, (batch, heads, rows, k_BGND.shape[2]), self.made_for.mixed)
+        if skipped is not None:
+            _check_counts(skipped, (batch, heads))
+            skipped.zero_()
         out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
         arguments = Arguments(
             with_unit_stride(q_BHMD),
@@ -140,10 +146,13 @@ class CppRunner:
             seed,
             lse,
             statistics,
+            skipped,
         )
         status = forward(self._library, arguments)
         if not _is_done(status):
             # Skipped and masked keys would not carry NaN where it belongs; written out, it does.
+            if skipped is not None:
+                skipped.zero_()
             spec, extra = self.spec, list(operands)
             if given_plan is not None:
                 sizes = (rows, k_BGND.shape[2])
@@ -330,10 +339,14 @@ def _every_block(blocks: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _check_plan(plan: Plan, sizes: tuple[int, int, int, int], mixed: bool) -> None:
-    """ValueError where a plan's lists or biases do not fit a call."""
+    """ValueError where a plan does not fit a call."""
     batch, heads, rows, columns = sizes
-    if not mixed and (plan.scores_in_bfloat16 or plan.values_in_bfloat16):
-        raise ValueError("bfloat16 in a plan: the kernel was not made for mixed precision")
+    if plan.modes is not None:
+        _check_modes(plan.modes, (batch, heads), mixed)
+    if plan.skip is not None:
+        _check_of_heads("skip", plan.skip, torch.float32, (batch, heads))
+        if not bool((plan.skip > 0).all()):
+            raise ValueError("skip must be above 0 for every head (inf: nothing is skipped)")
     lists, blocks, bias = plan.offsets, plan.blocks, plan.key_bias
     row_blocks, key_blocks = -(-rows // BLOCK[0]), -(-columns // BLOCK[1])
     lead = lists.shape[0] in (1, batch) and lists.shape[1] in (1, heads)
@@ -359,3 +372,32 @@ def _check_plan(plan: Plan, sizes: tuple[int, int, int, int], mixed: bool) -> No
             raise ValueError(f"key_bias {bias.dtype} {tuple(bias.shape)}: float32 [B|1, H|1, N]")
         if bias.stride(2) != 1:
             raise ValueError(f"key_bias has {bias.stride(2)} as its last stride: 1")
+
+
+def _check_modes(modes: torch.Tensor, heads: tuple[int, int], mixed: bool) -> None:
+    _check_of_heads("modes", modes, torch.int32, heads)
+    every = SCORES_IN_BFLOAT16 | VALUES_IN_BFLOAT16
+    if modes.numel() and not 0 <= int(modes.min()) <= int(modes.max()) <= every:
+        raise ValueError(f"modes from {int(modes.min())} to {int(modes.max())}: 0 to {every}")
+    if not mixed and bool(modes.any()):
+        raise ValueError("bfloat16 in a plan: the kernel was not made for mixed precision")
+
+
+def _check_of_heads(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, heads: tuple[int, int]
+) -> None:
+    """ValueError unless there is one element for each head, or one that some share."""
+    fits = tensor.dim() == 2 and all(
+        size in (1, whole) for size, whole in zip(tensor.shape, heads, strict=True)
+    )
+    if tensor.dtype != dtype or not fits or tensor.device.type != "cpu":
+        wanted = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)}: {wanted} [B|1, H|1]")
+
+
+def _check_counts(skipped: torch.Tensor, heads: tuple[int, int]) -> None:
+    fits = skipped.shape == heads and skipped.is_contiguous() and skipped.device.type == "cpu"
+    if skipped.dtype != torch.int64 or not fits:
+        raise ValueError(
+            f"skipped {skipped.dtype} {tuple(skipped.shape)}: contiguous int64 {heads}"
+        )

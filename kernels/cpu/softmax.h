@@ -26,20 +26,22 @@ static inline Floats scored(Floats product, float factor) {
   return kScaleIsExact ? product * factor : rounded(product * factor);
 }
 
+// The largest of one row's scores in a block. NaN may be lost.
+template <int kBlock>
+static inline float largest_in_block(const float* scores, float factor) {
+  Floats seen = load(scores);
+  for (int lane = kLanes; lane < kBlock; lane += kLanes) seen = larger(load(scores + lane), seen);
+  return factor * largest_of(seen);
+}
+
 // Scores of one row become weights, exp(factor * score - largest), in blocks of kBlock keys; returns
-// what earlier sums and outputs of the row must be multiplied by. `kept`, where it is not null, is
-// what dropout multiplies each weight by, after it was summed.
+// what earlier sums and outputs of the row must be multiplied by. `largest` is that of these scores
+// and the earlier ones. Blocks whose bit is in `skipped` are left as they are. `kept`, where it is not
+// null, is what dropout multiplies each weight by, after it was summed.
 template <int kBlock, typename Weight>
-static inline float weigh_row(RowState& state, const float* scores, const float* factor,
-                              int64_t blocks, const float* kept, Weight* weights) {
-  float largest = state.largest;
-  for (int64_t block = 0; block < blocks; ++block) {
-    Floats seen = load(scores + block * kBlock);
-    for (int lane = kLanes; lane < kBlock; lane += kLanes)
-      seen = larger(load(scores + block * kBlock + lane), seen);
-    const float here = factor[block] * largest_of(seen);
-    if (!(here <= largest)) largest = here;  // NaN comes through
-  }
+static inline float weigh_below(float largest, RowState& state, const float* scores,
+                                const float* factor, int64_t blocks, uint32_t skipped,
+                                const float* kept, Weight* weights) {
   if (largest == -kInfinity) {
     // NaN is less than nothing for `larger`: it may be all that the row has.
     for (int64_t key = 0; key < blocks * kBlock; ++key)
@@ -52,7 +54,8 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
   }
   const float scale = state.largest == -kInfinity ? 0.0f : std::exp(state.largest - largest);
   Floats sum = state.sum * scale;
-  for (int64_t block = 0; block < blocks; ++block)
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (skipped >> block & 1) continue;
     for (int lane = 0; lane < kBlock; lane += kLanes) {
       const int64_t key = block * kBlock + lane;
       const Floats x = scored(load(scores + key), factor[block]) - largest;
@@ -60,7 +63,56 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
       sum += weight;
       store_rounded(weights + key, kept ? weight * load(kept + key) : weight);
     }
+  }
   state.sum = sum;
   state.largest = largest;
   return scale;
+}
+
+// The same with all blocks, where the largest is still to be found.
+template <int kBlock, typename Weight>
+static inline float weigh_row(RowState& state, const float* scores, const float* factor,
+                              int64_t blocks, const float* kept, Weight* weights) {
+  float largest = state.largest;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const float here = largest_in_block<kBlock>(scores + block * kBlock, factor[block]);
+    if (!(here <= largest)) largest = here;  // NaN comes through
+  }
+  return weigh_below<kBlock>(largest, state, scores, factor, blocks, 0, kept, weights);
+}
+
+// Of some neighbouring rows the blocks (as bits) that all of them may leave out: those whose scores
+// lie by more than `skip` below the largest that their own row has met up to now, these scores
+// included. What a row keeps thus holds that largest, of weight 1, and each weight that it leaves out
+// is below exp(-skip): of n keys left out the share is at most n exp(-skip). A row that has met no key
+// leaves out nothing, nor does one with a score that is NaN. `largest` is written for each row.
+template <int kBlock, int kMostBlocks>
+static inline uint32_t find_skipped(float skip, int64_t rows, const RowState* state,
+                                    const float* scores, int64_t stride, const float* factor,
+                                    int64_t blocks, float* largest) {
+  uint32_t skipped = (1u << blocks) - 1;
+  for (int64_t row = 0; row < rows; ++row) {
+    float here[kMostBlocks];
+    largest[row] = state[row].largest;
+    for (int64_t block = 0; block < blocks; ++block) {
+      here[block] = largest_in_block<kBlock>(scores + row * stride + block * kBlock, factor[block]);
+      if (!(here[block] <= largest[row])) largest[row] = here[block];
+    }
+    // A rounded difference is as good as an exact one: no float lies between the two.
+    for (int64_t block = 0; block < blocks; ++block)
+      if (!(here[block] < largest[row] - skip)) skipped &= ~(1u << block);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (!(skipped >> block & 1)) continue;
+    Ints nan = {};
+    for (int64_t row = 0; row < rows; ++row)
+      for (int lane = 0; lane < kBlock; lane += kLanes) {
+        const Floats score = load(scores + row * stride + block * kBlock + lane);
+        nan |= score != score;
+      }
+    int32_t any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
+    if (any) skipped &= ~(1u << block);
+  }
+  return skipped;
 }

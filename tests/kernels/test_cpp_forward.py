@@ -557,9 +557,8 @@ def test_precision_of_a_stage_is_that_of_bfloat16_at_worst(
 ) -> None:
     inputs, keep = random_inputs(rows, COLUMNS), random_blocks(1, 1, rows)
     offsets, blocks = lists_of(keep, masked=True)
-    ours = inputs.through(
-        runner_of(LAST, mixed=True), plan=Plan(offsets, blocks, None, scores, values)
-    )
+    modes = torch.tensor([[scores + 2 * values]], dtype=torch.int32)
+    ours = inputs.through(runner_of(LAST, mixed=True), plan=Plan(offsets, blocks, modes=modes))
     assert ours.dtype == FLOAT
     whole, said = planned(LAST, inputs, keep)
     exact = said.exact(whole)
@@ -610,8 +609,8 @@ _OFFSETS, _BLOCKS = lists_of(
         ({"key_bias": torch.zeros(3, 1, COLUMNS)}, "key_bias"),
         ({"key_bias": torch.zeros(1, GROUP, COLUMNS)}, "key_bias"),
         ({"key_bias": torch.zeros(1, 1, 2 * COLUMNS)[..., ::2]}, "last stride"),
-        ({"scores_in_bfloat16": True}, "mixed precision"),
-        ({"values_in_bfloat16": True}, "mixed precision"),
+        ({"modes": torch.tensor([[1]], dtype=torch.int32)}, "mixed precision"),
+        ({"modes": torch.tensor([[2]], dtype=torch.int32)}, "mixed precision"),
     ],
 )
 def test_plan_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:

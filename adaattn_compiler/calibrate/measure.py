@@ -1,0 +1,188 @@
+"""What each candidate does to each head on sample inputs: its error and its time."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from adaattn_compiler.calibrate.board import Tensors, exactly
+from adaattn_compiler.calibrate.candidates import candidates_for
+from adaattn_compiler.decision import HeadDecision
+from adaattn_compiler.kernels.cpu.decided import AS_DECIDED, DecidedRunner
+from adaattn_compiler.kernels.cpu.runner import plan_of
+from adaattn_compiler.kernels.decided import DecidedPlan
+from adaattn_compiler.kernels.envelope import guard_statistics, names
+from adaattn_compiler.kernels.probe import relative_error
+from adaattn_compiler.kernels.problem import Problem
+from adaattn_compiler.passes.choices import SiteKey
+from adaattn_compiler.runtime.state import new_state
+
+_ROUNDS = 3
+
+
+def unguarded(problem: Problem, heads: Sequence[HeadDecision]) -> DecidedRunner:
+    """A runner of decisions that no guard stops and nothing audits."""
+    open_low = ((float("-inf"),) * len(heads),) * len(names())
+    open_high = ((float("inf"),) * len(heads),) * len(names())
+    limit = (float("inf"),) * len(heads)
+    base = plan_of(problem, mixed=problem.dtype == torch.float32)
+    return DecidedRunner(DecidedPlan(base, tuple(heads), open_low, open_high, limit, limit, 0))
+
+
+def decided(runner: DecidedRunner, tensors: Tensors) -> torch.Tensor:
+    """Its result, every head as decided."""
+    q, k, v, operands, params = tensors
+    flags = torch.full(q.shape[:2], AS_DECIDED, dtype=torch.int32)
+    none = q.new_empty(*q.shape[:2], 0, v.shape[3])
+    at = torch.empty(0, dtype=torch.int64)
+    return runner(q, k, v, operands, params, flags, at, none, new_state(q.shape[1]))
+
+
+class Stale(Exception):
+    """What was measured earlier is not of this model as it runs now."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Of one call of a site. errors: [candidates, heads]. low, high: of each statistic of the
+    inputs over the batch, [9, heads]. rows, columns: lengths."""
+
+    errors: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    rows: int
+    columns: int
+
+
+# The calls of each site in one sample.
+Sample = dict[SiteKey, list[Call]]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a site. candidates: a short name for them all; seconds: of each."""
+
+    candidates: str
+    seconds: tuple[float, ...]
+
+
+@dataclass
+class SiteMeasurements:
+    """Of one site. errors: for each sample [candidates, heads], relative L2 of the head's output.
+    seconds: of one call with all heads alike, by candidate. low, high: the range of each statistic
+    of the inputs (kernels/envelope.py), [9, heads]. rows, columns: the lengths that were seen.
+    """
+
+    key: SiteKey
+    problem: Problem
+    candidates: tuple[HeadDecision, ...]
+    seconds: list[float]
+    errors: list[torch.Tensor] = field(default_factory=list)
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+    rows: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+
+    def add(self, call: Call) -> None:
+        """One more call."""
+        self.errors.append(call.errors)
+        self.low = call.low if self.low is None else torch.minimum(self.low, call.low)
+        self.high = call.high if self.high is None else torch.maximum(self.high, call.high)
+        self.rows.append(call.rows)
+        self.columns.append(call.columns)
+
+    def p99(self) -> torch.Tensor:
+        """[candidates, heads] over the samples."""
+        return torch.stack(self.errors).quantile(0.99, 0)
+
+    def mean(self) -> torch.Tensor:
+        """[candidates, heads] over the samples."""
+        return torch.stack(self.errors).mean(0)
+
+
+class Measuring:
+    """The handler that measures all candidates at each site, and answers exactly.
+
+    sites: those seen, nothing added to them. times: those known from before are not measured again.
+    sample: the calls since it was last emptied.
+    """
+
+    def __init__(self, times: Mapping[SiteKey, Times] | None = None) -> None:
+        self.sites: dict[SiteKey, SiteMeasurements] = {}
+        self.times: dict[SiteKey, Times] = dict(times or {})
+        self.sample: Sample = {}
+        self._seconds: dict[tuple[object, ...], list[float]] = {}
+        self._runners: dict[tuple[object, ...], list[DecidedRunner]] = {}
+
+    def __call__(self, key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:
+        exact = exactly(key, problem, tensors)
+        site = self._site(key, problem, tensors)
+        found = [
+            relative_error(decided(runner, tensors).float(), exact.float()).amax(0)
+            for runner in self._runners_of(site)[1:]
+        ]
+        errors = torch.stack([torch.zeros_like(exact[0, :, 0, 0]).float(), *found])
+        lengths = tensors[0].shape[2], tensors[1].shape[2]
+        self.sample.setdefault(key, []).append(Call(errors, *ranges(tensors), *lengths))
+        return exact
+
+    def look(self, key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:
+        """The handler that makes sites known whose errors and times were measured elsewhere."""
+        self._site(key, problem, tensors)
+        return exactly(key, problem, tensors)
+
+    def _site(self, key: SiteKey, problem: Problem, tensors: Tensors) -> SiteMeasurements:
+        if key not in self.sites:
+            site = SiteMeasurements(key, problem, candidates_for(problem), [])
+            name = _name_of(site.candidates)
+            known = self.times.get(key)
+            if known is None:
+                known = Times(name, tuple(self._seconds_of(site, tensors)))
+            elif known.candidates != name:
+                raise Stale(f"other candidates are tried for {key.name or '(root)'} now")
+            self.times[key] = known
+            site.seconds = list(known.seconds)
+            self.sites[key] = site
+        return self.sites[key]
+
+    def _runners_of(self, site: SiteMeasurements) -> list[DecidedRunner]:
+        kind = _kind(site.problem)
+        if kind not in self._runners:
+            heads = site.problem.shape.heads
+            self._runners[kind] = [
+                unguarded(site.problem, [candidate] * heads) for candidate in site.candidates
+            ]
+        return self._runners[kind]
+
+    def _seconds_of(self, site: SiteMeasurements, tensors: Tensors) -> list[float]:
+        """Once for all layers alike: the least of some rounds, in turns."""
+        kind = _kind(site.problem)
+        if kind not in self._seconds:
+            runners = self._runners_of(site)
+            least = [float("inf")] * len(runners)
+            for turn in range(_ROUNDS + 1):  # the first makes lists
+                for i, runner in enumerate(runners):
+                    begin = time.perf_counter()
+                    decided(runner, tensors) if i else exactly(site.key, site.problem, tensors)
+                    if turn:
+                        least[i] = min(least[i], time.perf_counter() - begin)
+            self._seconds[kind] = least
+        return self._seconds[kind]
+
+
+def _kind(problem: Problem) -> tuple[object, ...]:
+    return (problem.spec, problem.shape, problem.dtype)
+
+
+def _name_of(candidates: Sequence[HeadDecision]) -> str:
+    return hashlib.blake2b(repr(tuple(candidates)).encode(), digest_size=8).hexdigest()
+
+
+def ranges(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, high) of each statistic of the inputs over the batch, [9, heads]."""
+    statistics = guard_statistics(*tensors[:3])
+    return statistics.amin(1), statistics.amax(1)

@@ -1,0 +1,84 @@
+"""`stats`: what the heads of a model that runs under a policy have met so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from adaattn_compiler.runtime.state import HeadStats, head_stats
+from adaattn_compiler.runtime.states import STATES
+
+_HEADER = ("site", "head", "calls", "as decided", "out of range", "probe", "audits", "error", "")
+
+
+@dataclass(frozen=True)
+class SiteStats:
+    """One site. policy: the key of the policy that it runs under; heads: in order."""
+
+    name: str
+    ordinal: int
+    policy: str
+    heads: tuple[HeadStats, ...]
+
+    @property
+    def label(self) -> str:
+        """Its name as tables show it."""
+        name = self.name or "(root)"
+        return f"{name}#{self.ordinal}" if self.ordinal else name
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Of a model: its sites in the order of their names. `print` it for a table."""
+
+    sites: tuple[SiteStats, ...]
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [_HEADER]
+        for site in self.sites:
+            rows += [_row(site.label, i, head) for i, head in enumerate(site.heads)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        lines = (
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+        return "\n".join(lines)
+
+
+def stats(model: torch.nn.Module) -> Stats:
+    """What the heads of a model have met since it was compiled with a policy.
+
+    model: the module, or what torch.compile made of it. Of each head: calls (batch items), how many
+    were computed as decided, how many exactly and why, the moving average of the error on audited
+    rows, whether it was demoted. Raises ValueError where the model does not run under a policy, or
+    has not run yet.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    found = STATES.of_model(inner.parameters())
+    if not found:
+        raise ValueError(
+            f"{type(inner).__name__} has run no site under a policy; compile it with "
+            'options={"policy": ...}, run it in inference, and see `explain` for what became of '
+            "its sites"
+        )
+    sites = (
+        SiteStats(key.name, key.ordinal, key.policy, head_stats(state))
+        for key, state in found.items()
+    )
+    return Stats(tuple(sorted(sites, key=lambda site: (_natural(site.name), site.ordinal))))
+
+
+def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Orders layers.2 before layers.10."""
+    steps = name.split(".")
+    return tuple((0, int(s), "") if s.isdecimal() else (1, 0, s) for s in steps)
+
+
+def _row(label: str, head: int, found: HeadStats) -> tuple[str, ...]:
+    error = "" if found.error is None else f"{found.error:.2e}"
+    counts = (found.calls, found.as_decided, found.left_envelope, found.failed_probe, found.audits)
+    return label, str(head), *map(str, counts), error, "demoted" if found.demoted else ""

@@ -1,0 +1,107 @@
+"""A policy's decisions as a kernel (kernels/problem.py), and why it cannot take a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaattn_compiler.decision import HeadDecision, Precision
+from adaattn_compiler.kernels import decided_op
+from adaattn_compiler.kernels.cpu.decided import decided_runner
+from adaattn_compiler.kernels.cpu.kernel import CppKernel
+from adaattn_compiler.kernels.cpu.runner import plan_of
+from adaattn_compiler.kernels.decided import DecidedPlan
+from adaattn_compiler.kernels.envelope import names
+from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
+from adaattn_compiler.policy import Range, SitePolicy
+from adaattn_compiler.spec import Load
+
+# The ops must be registered wherever the kernel may be chosen.
+OPS = (decided_op.check_envelope, decided_op.attention_as_decided)
+
+# The statistic of an envelope that probes are held to, by head; not one of the inputs.
+PROBE_ERROR = "probe_error"
+
+_PRECISIONS = (Precision.FP32, Precision.BF16)
+
+
+@dataclass(frozen=True)
+class DecidedKernel:
+    """See the module's docstring. rows: how many rows each call probes and audits."""
+
+    site: SitePolicy
+    rows: int
+    name: str = "cpp"
+    label: str = "cpp by policy"
+    only_measured: bool = False
+    seconds_to_build: float = 4.0
+
+    def refusal(self, problem: Problem) -> str | None:
+        exact = CppKernel().refusal(problem)
+        if exact is not None:
+            return exact
+        return decision_refusal(problem, self.site.decision.heads)
+
+    def cost(self, problem: Problem) -> float:
+        return CppKernel().cost(problem)
+
+    def prepare(self, problem: Problem) -> None:
+        pass
+
+    def source(self, problem: Problem) -> str | None:
+        return CppKernel().source(problem)
+
+    def plan(self, problem: Problem) -> DecidedPlan:
+        """As the graph will carry it."""
+        statistics = self.site.envelope.statistics
+        low, high = zip(*(_bounds(statistics.get(n, ()), self.site) for n in names()), strict=True)
+        return DecidedPlan(
+            base=plan_of(problem, mixed=problem.dtype == torch.float32),
+            heads=self.site.decision.heads,
+            low=low,
+            high=high,
+            probe=_bounds(statistics.get(PROBE_ERROR, ()), self.site)[1],
+            budgets=self.site.budget,
+            rows=self.rows,
+        )
+
+    def build(self, problem: Problem) -> Attention:
+        text = self.plan(problem).serialize()
+        decided_runner(text)  # built now: a failure must be known before the graph is written
+
+        def attention(
+            q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
+        ) -> Any:
+            given = (q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params))
+            checked = torch.ops.adaattn.check_envelope(*given, sizes.state, text)
+            found = [checked[i] for i in range(3)]
+            return torch.ops.adaattn.attention_as_decided(*given, *found, sizes.state, text)
+
+        return attention
+
+
+def decision_refusal(problem: Problem, heads: Sequence[HeadDecision]) -> str | None:
+    """Why these decisions do not go with a problem, whatever is exact about it."""
+    spec = problem.spec
+    if problem.requires_grad:
+        return "policies are for inference; a gradient is wanted here"
+    if any(head.selection or head.pooling for head in heads):
+        return "the CPU's kernel takes patterns; blocks chosen in each call and means come later"
+    if any(p not in _PRECISIONS for head in heads for p in (head.scores, head.values)):
+        return "precisions on the CPU are fp32 and bf16"
+    if any(head.pattern for head in heads):
+        if spec.mask.has(Load):
+            return "the mask depends on the input: a pattern might leave a row without a key"
+    return None
+
+
+def _bounds(ranges: Sequence[Range], site: SitePolicy) -> tuple[tuple[float, ...], ...]:
+    """(low, high) by query head; without ranges everything is let through."""
+    if not ranges:
+        return ((float("-inf"),) * site.heads, (float("inf"),) * site.heads)
+    group = site.heads // len(ranges)
+    low = tuple(r.low for r in ranges for _ in range(group))
+    return low, tuple(r.high for r in ranges for _ in range(group))

@@ -1,0 +1,50 @@
+"""Which of a graph's inputs are parameters of which module, and the fingerprint of a module's own.
+
+Dynamo notes of each input where in the model it came from. Checked against torch 2.11 and 2.13
+(`_dynamo_source` of placeholders, the form of its name).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaattn_compiler.fingerprint import weights_fingerprint
+
+_STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
+_CONTAINERS = ("_modules", "_parameters", "_buffers", "_orig_mod")
+
+
+class GraphWeights:
+    """The parameters among a graph's inputs, by their paths in the model."""
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        nodes = graph_module.graph.find_nodes(op="placeholder")
+        self._parameters: dict[str, torch.Tensor] = {
+            path: value
+            for node, value in zip(nodes, inputs, strict=False)
+            if isinstance(value, torch.nn.Parameter) and (path := _path_of(node)) is not None
+        }
+        self._known: dict[str, str | None] = {}
+
+    def under(self, module: str) -> str | None:
+        """The fingerprint of the parameters of a module; None where the graph takes none of it."""
+        if module not in self._known:
+            start = f"{module}." if module else ""
+            own = [(n, p) for n, p in self._parameters.items() if n.startswith(start)]
+            self._known[module] = weights_fingerprint(own) if own else None
+        return self._known[module]
+
+
+def _path_of(node: fx.Node) -> str | None:
+    """ "layers.0.q.weight" of L['self']._modules['layers']._modules['0']..."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name if isinstance(source.name, str) else source.name()
+    steps = [next(filter(None, match)) for match in _STEP.findall(name)]
+    return ".".join(step for step in steps[1:] if step not in _CONTAINERS)
