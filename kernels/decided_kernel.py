@@ -17,7 +17,7 @@ from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.envelope import names
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
 from adaattn_compiler.policy import Range, SitePolicy
-from adaattn_compiler.spec import Load
+from adaattn_compiler.spec import EmptyRow, Load
 
 # The ops must be registered wherever the kernel may be chosen.
 OPS = (decided_op.check_envelope, decided_op.attention_as_decided)
@@ -92,9 +92,10 @@ def decision_refusal(problem: Problem, heads: Sequence[HeadDecision]) -> str | N
         return "the CPU's kernel takes patterns; blocks chosen in each call and means come later"
     if any(p not in _PRECISIONS for head in heads for p in (head.scores, head.values)):
         return "precisions on the CPU are fp32 and bf16"
-    if any(head.pattern for head in heads):
-        if spec.mask.has(Load):
-            return "the mask depends on the input: a pattern might leave a row without a key"
+    if spec.masks_by_data and spec.empty_row not in (EmptyRow.IMPOSSIBLE, EmptyRow.ZERO):
+        return "rows that may be without a key, and then not 0, cannot be audited"
+    if any(head.pattern for head in heads) and spec.mask.has(Load):
+        return "the mask depends on the input: a pattern might leave a row without a key"
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from adaattn_compiler.calibrate.board import Board, Handler, exactly
+from adaattn_compiler.calibrate.ranks import ALONE, Ranks
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 # Of the logits of a batch so many elements are kept to compare with.
@@ -45,12 +46,23 @@ class _Exact:
     losses: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one batch adds to an outcome: sums of squares, and of each token."""
+
+    wrong: float
+    whole: float
+    divergences: torch.Tensor | None = None
+    changes: torch.Tensor | None = None
+
+
 class Judge:
     """Runs choices on the batches and compares with what the exact model gave."""
 
-    def __init__(self, board: Board, batches: Sequence[Batch]) -> None:
+    def __init__(self, board: Board, batches: Sequence[Batch], ranks: Ranks = ALONE) -> None:
         self._board = board
         self._batches = batches
+        self._ranks = ranks
         self._exact: list[_Exact | None] = [None] * len(batches)
 
     @property
@@ -59,30 +71,26 @@ class Judge:
         return self._exact_of(0).losses is not None
 
     def run(self, handler_of: Callable[[int], Handler], batches: Sequence[int]) -> Outcome:
-        """The outcome on some batches; handler_of: of a batch's number."""
+        """The outcome on some batches, shared by the ranks; handler_of: of a batch's number."""
+        own = {i: self._part(i, handler_of(i)) for i in self._ranks.own(batches)}
+        found = {i: part for parts in self._ranks.gather(own) for i, part in parts.items()}
+        # Of the first rank: others might round otherwise, and then decide otherwise.
+        return self._ranks.from_first(_joined([found[i] for i in batches]))
+
+    def _part(self, i: int, handler: Handler) -> _Part:
+        exact = self._exact_of(i)
+        args, kwargs = self._batches[i]
+        output = self._board.run(args, kwargs, handler)
         wrong = whole = 0.0
-        divergences: list[torch.Tensor] = []
-        changes: list[torch.Tensor] = []
-        for i in batches:
-            exact = self._exact_of(i)
-            args, kwargs = self._batches[i]
-            output = self._board.run(args, kwargs, handler_of(i))
-            for given, true in zip(_floats(output), exact.outputs, strict=True):
-                wrong += float((_some(given).double() - true.double()).square().sum())
-                whole += float(true.double().square().sum())
-            logits = _logits(output)
-            losses = None if logits is None else _losses(logits, self._batches[i])
-            if losses is None or exact.losses is None or exact.logits is None or logits is None:
-                continue
-            divergences.append(_divergence(exact.logits, _some(logits)))
-            changes.append(losses - exact.losses)
-        error = math.sqrt(wrong / whole) if whole else 0.0
-        if not changes:
-            return Outcome(error)
-        change = torch.cat(changes).double()
-        deviation = float(change.std()) / math.sqrt(max(len(change), 1))
-        kl = float(torch.cat(divergences).double().mean())
-        return Outcome(error, kl, float(change.mean()), deviation)
+        for given, true in zip(_floats(output), exact.outputs, strict=True):
+            wrong += float((_some(given).double() - true.double()).square().sum())
+            whole += float(true.double().square().sum())
+        logits = _logits(output)
+        losses = None if logits is None else _losses(logits, self._batches[i])
+        if losses is None or exact.losses is None or exact.logits is None or logits is None:
+            return _Part(wrong, whole)
+        divergences = _divergence(exact.logits, _some(logits))
+        return _Part(wrong, whole, divergences, losses - exact.losses)
 
     def _exact_of(self, i: int) -> _Exact:
         found = self._exact[i]
@@ -95,6 +103,19 @@ class Judge:
             outputs = [_some(tensor).clone() for tensor in _floats(output)]
             found = self._exact[i] = _Exact(outputs, kept, losses)
         return found
+
+
+def _joined(parts: Sequence[_Part]) -> Outcome:
+    wrong, whole = sum(part.wrong for part in parts), sum(part.whole for part in parts)
+    error = math.sqrt(wrong / whole) if whole else 0.0
+    changes = [part.changes for part in parts if part.changes is not None]
+    if not changes:
+        return Outcome(error)
+    change = torch.cat(changes).double()
+    deviation = float(change.std()) / math.sqrt(max(len(change), 1))
+    divergences = [part.divergences for part in parts if part.divergences is not None]
+    kl = float(torch.cat(divergences).double().mean())
+    return Outcome(error, kl, float(change.mean()), deviation)
 
 
 def _floats(output: Any) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import datetime
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -16,8 +17,12 @@ import torch
 
 from adaattn_compiler.calibrate.apply import Applying, Probing
 from adaattn_compiler.calibrate.board import Board
-from adaattn_compiler.calibrate.measure import Measuring, SiteMeasurements
+from adaattn_compiler.calibrate.chosen import Timing
+from adaattn_compiler.calibrate.measure import SiteMeasurements
 from adaattn_compiler.calibrate.outcome import Batch, Judge, Outcome
+from adaattn_compiler.calibrate.ranks import ALONE, Ranks
+from adaattn_compiler.calibrate.resume import Journal
+from adaattn_compiler.calibrate.samples import measured
 from adaattn_compiler.calibrate.select import (
     Options,
     Selection,
@@ -80,22 +85,52 @@ def calibrate(
     run on. Exactly one budget: `budget`, the relative error (L2) of each head's output;
     `output_budget`, that of the model's outputs; `max_perplexity_change`, relative (0.001 is 0.1%),
     for models that give logits [B, N, vocabulary] for tokens `input_ids` [B, N] (or `labels`).
+    progress: told (stage, how many are done, of how many: 0 where that is not known).
     preset: how much of it to use: "quality" half, "balanced" 0.8, "speed" all. The same for the
     same seed, as far as the machine's times are. Raises ValueError for what is not so, and where
     there is nothing to calibrate.
     """
-    asked = _budget(budget, output_budget, max_perplexity_change)
+    asked = asked_for(budget, output_budget, max_perplexity_change)
+    return calibration(model, batches_of(batches), asked, preset, seed, progress).policy
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A policy, and what it was decided by. chosen: (exact, decided) seconds of each site that is
+    not all exact, measured as it will run."""
+
+    policy: Policy
+    sites: Mapping[SiteKey, SiteMeasurements]
+    chosen: Mapping[SiteKey, tuple[float, float]]
+
+
+def calibration(
+    model: Callable[..., Any],
+    batches: Sequence[Batch],
+    budget: Budget,
+    preset: str = "balanced",
+    seed: int = 0,
+    progress: Progress = no_progress,
+    journal: Journal | None = None,
+    ranks: Ranks = ALONE,
+) -> Calibration:
+    """As `calibrate`, with all that was measured. journal: what is measured is kept in it, and what
+    it has is not measured again. ranks: shared by them; each must have the same model and data."""
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
-    given = [_batch(batch) for batch in batches]
-    if not given:
-        raise ValueError("batches is empty; give at least one")
     torch.manual_seed(seed)
-    run = _Run(model, given, asked, PRESETS[preset], progress)
-    return run.policy(seed)
+    return _Run(model, batches, budget, PRESETS[preset], progress, journal, ranks).result(seed)
 
 
-def _budget(
+def batches_of(batches: Iterable[Mapping[str, Any] | tuple[Any, ...]]) -> list[Batch]:
+    """As (args, kwargs). ValueError where one is neither, or there is none."""
+    found = [_batch(batch) for batch in batches]
+    if not found:
+        raise ValueError("batches is empty; give at least one")
+    return found
+
+
+def asked_for(
     budget: float | None, output_budget: float | None, max_perplexity_change: float | None
 ) -> Budget:
     kinds = {
@@ -133,6 +168,8 @@ class _Run:
         budget: Budget,
         share: float,
         progress: Progress,
+        journal: Journal | None,
+        ranks: Ranks,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -141,9 +178,11 @@ class _Run:
         self.progress = progress
         # Kernels are not to be measured where all sites go to the board.
         self.board = Board(model, parse_options({"measure": False})[0])
-        self.judge = Judge(self.board, batches)
+        self.judge = Judge(self.board, batches, ranks)
+        self.journal = journal
+        self.ranks = ranks
 
-    def policy(self, seed: int) -> Policy:
+    def result(self, seed: int) -> Calibration:
         sites = self._measured()
         if not sites:
             refused = "; ".join(f"{k.name}: {why}" for k, why in self.board.refused.items())
@@ -156,21 +195,18 @@ class _Run:
         selection = self._selected(sites)
         outcome = self._outcome(selection, sites)
         largest = self._probed(selection, sites)
-        return Policy(
+        policy = Policy(
             tuple(
                 self._site(site, selection[key], largest.get(key)) for key, site in sites.items()
             ),
             self._provenance(seed, outcome),
         )
+        return Calibration(policy, sites, self._timed(selection, sites))
 
     # -- stages --------------------------------------------------------------------------------
 
     def _measured(self) -> dict[SiteKey, SiteMeasurements]:
-        measuring = Measuring()
-        for i, (args, kwargs) in enumerate(self.batches):
-            self.progress("measuring candidates", i, len(self.batches))
-            self.board.run(args, kwargs, measuring)
-        return measuring.sites
+        return measured(self.board, self.batches, self.progress, self.journal, self.ranks)
 
     def _selected(self, sites: Mapping[SiteKey, SiteMeasurements]) -> Selection:
         if self.budget.kind == "budget":
@@ -181,7 +217,7 @@ class _Run:
         def holds(selection: Selection) -> bool:
             nonlocal tried
             tried += 1
-            self.progress("holding the model to the budget", tried, tried + 1)
+            self.progress("holding the model to the budget", tried, 0)
             return self._holds(self._outcome(selection, sites))
 
         best = by_price(options, holds)
@@ -244,10 +280,26 @@ class _Run:
         self, selection: Selection, sites: Mapping[SiteKey, SiteMeasurements]
     ) -> dict[SiteKey, torch.Tensor]:
         probing = Probing(decisions(selection, sites), _PROBED_ROWS, _PROBED_TURNS)
-        for i, (args, kwargs) in enumerate(self.batches):
-            self.progress("drawing envelopes", i, len(self.batches))
+        own = self.ranks.own(self.batches)
+        for i, (args, kwargs) in enumerate(own):
+            self.progress("drawing envelopes", i, len(own))
             self.board.run(args, kwargs, probing)
-        return probing.largest
+        largest: dict[SiteKey, torch.Tensor] = {}
+        for found in self.ranks.gather(probing.largest):
+            for key, error in found.items():
+                largest[key] = torch.maximum(largest.get(key, error), error)
+        return largest
+
+    def _timed(
+        self, selection: Selection, sites: Mapping[SiteKey, SiteMeasurements]
+    ) -> dict[SiteKey, tuple[float, float]]:
+        """By the first rank, while the others wait: they would be in its way."""
+        timing = Timing(decisions(selection, sites))
+        if self.ranks.is_first:
+            self.progress("timing the choice", 0, 1)
+            self.board.run(*self.batches[0], timing)
+            self.progress("timing the choice", 1, 1)
+        return self.ranks.from_first(timing.seconds)
 
     # -- what is written -----------------------------------------------------------------------
 

@@ -120,13 +120,17 @@ class _Samples:
         self._progress("measuring candidates", len(self._samples), len(self._batches))
 
     def _assembled(self) -> dict[SiteKey, SiteMeasurements]:
+        sites, times = self._measuring.sites, self._measuring.times
         for i, sample in sorted(self._samples.items()):
-            if any(key not in self._measuring.sites for key in sample):
+            if any(key not in sites for key in sample):
                 self._look(i)
             for key, calls in sample.items():
                 for call in calls:
-                    self._measuring.sites[key].add(call)
-        return self._measuring.sites
+                    sites[key].add(call)
+        # Of the first rank that saw a site, for all.
+        for key, site in sites.items():
+            site.seconds = list(times[key].seconds)
+        return sites
 
 
 class _Checked:

@@ -11,6 +11,7 @@ from decided import BF16, WINDOW, Seen, inputs, policy_for, stack
 from torch.testing import FileCheck
 
 import adaattn_compiler
+from adaattn_compiler import Explanation
 from adaattn_compiler.decision import EXACT, HeadDecision, Pattern
 from adaattn_compiler.policy import Policy
 
@@ -18,10 +19,16 @@ WINDOWS = (WINDOW, HeadDecision(pattern=Pattern(64)))
 
 
 def compiled(model: torch.nn.Module, policy: Policy | None, **options: object) -> torch.nn.Module:
-    given = {"measure": False, **options}
+    # cpp: what is exact is computed by the kernel that policies use, so that it is the same bits.
+    given = {"measure": False, "kernels": "cpp", **options}
     if policy is not None:
         given["policy"] = policy
     return torch.compile(model, backend="adaattn", options=given)
+
+
+def explained(model: torch.nn.Module, x: torch.Tensor, policy: Policy) -> Explanation:
+    with torch.no_grad():
+        return adaattn_compiler.explain(model, x, options={"measure": False, "policy": policy})
 
 
 def run(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -57,8 +64,7 @@ def test_inside_its_envelope_a_model_runs_as_decided() -> None:
 
 def test_explain_says_what_the_heads_do() -> None:
     model, x = stack(), inputs()
-    options = {"measure": False, "policy": policy_for(Seen(model, x))}
-    found = adaattn_compiler.explain(model, x, options=options)
+    found = explained(model, x, policy_for(Seen(model, x)))
     assert [site.decision for site in found.sites] == ["1 x window 64, 1 x dense bf16"] * 2
 
 
@@ -134,7 +140,7 @@ def test_without_audited_rows_nothing_is_probed() -> None:
 def test_lengths_outside_the_envelope_are_another_graph(dynamic: bool | None) -> None:
     model = stack(depth=1)
     policy = policy_for(Seen(model, inputs()))
-    options = {"policy": policy, "measure": False}
+    options = {"policy": policy, "measure": False, "kernels": "cpp"}
     fast = torch.compile(model, backend="adaattn", options=options, dynamic=dynamic)
     outs = {rows: run(fast, inputs(rows=rows)) for rows in (256, 192, 320)}
     (site,) = adaattn_compiler.stats(model).sites
@@ -149,8 +155,7 @@ def test_another_models_policy_is_refused_site_by_site() -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.layers[1].qkv.weight += 0.01
-    options = {"measure": False, "policy": policy}
-    first, second = adaattn_compiler.explain(other, x, options=options).sites
+    first, second = explained(other, x, policy).sites
     assert first.decision != "exact"
     assert second.decision == "exact"
     assert "other weights" in (second.why or "")
