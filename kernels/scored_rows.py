@@ -16,43 +16,63 @@ from adaattn_compiler.kernels.evaluate import evaluate_dense
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, b, h, k
 from adaattn_compiler.spec import q as row
 
-# Scores of a tile: a few of its copies fit a second-level cache; a GPU wants more at once.
-_TILE, _TILE_ON_GPU = 2**18, 2**25
-# A weight of exp(-1000) is 0, in float64 too; -inf times that 0 would be NaN.
-_FAINT = -1000.0
+# Scores of a tile: larger ones leave a processor's cache, smaller ones cost calls. A GPU wants more.
+_TILE, _TILE_ON_GPU = 2**19, 2**25
+# exp of this is the least that is no denormal in float32, with which everything is slow.
+_FAINT = -87.0
 
 # Slices of batch items, heads and the rows that were asked for.
 Tile = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
-class ScoredRows:
-    """Scores [b,h,r,N] of a tile, -inf where not attended; the sink's broadcasts to [b,h,r,1].
+class Attended:
+    """Which keys the rows of a tile attend to; both broadcast to [b,h,r,N].
 
-    keep: bool, which keys are attended, broadcasts to [b,h,r,N]; None where all are.
+    drop: what is added to scores, 0 or -inf. counts: int32, how many keys up to and with each.
+    """
+
+    drop: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """One tile. finite: its scores [b,h,r,N], with some finite number where keys are shut out.
+
+    attended: None where all are. sink: broadcasts to [b,h,r,1], None where there is none.
     diagonal: [r], the rows' positions among the keys.
     """
 
-    scores: torch.Tensor
+    finite: torch.Tensor
+    attended: Attended | None
     sink: torch.Tensor | None
-    keep: torch.Tensor | None
     diagonal: torch.Tensor
 
+    @property
+    def scores(self) -> torch.Tensor:
+        """-inf where not attended. By adding: torch.where is an order of magnitude slower."""
+        return self.finite if self.attended is None else self.finite + self.attended.drop
+
     def weights(self) -> torch.Tensor:
-        """softmax, without the sink's column; zeros in a row without a key or a sink."""
+        """softmax, without the sink's column; zeros in a row without a key."""
         _, weights, rest = exponentials(self.scores, self.sink)
         total = weights.sum(-1, keepdim=True) + rest
-        return weights.div_(total.clamp_(min=torch.finfo(weights.dtype).tiny))
+        # Where there is a key or a sink, the largest of them is exp(0).
+        return weights.div_(total.masked_fill(total < 0.5, float("inf")))
 
 
 def exponentials(
     scores: torch.Tensor, sink: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(scores - largest, exp of that, exp(sink - largest)); the last [..., 1], 0 without a sink."""
+    """(scores - largest, exp of that, exp(sink - largest)); the last [..., 1], 0 without a sink.
+
+    Weights are at least exp(_FAINT), 1e-38: of masked keys, too, and in rows of nothing else.
+    """
     largest = scores.amax(-1, keepdim=True)
     if sink is not None:
         largest = torch.maximum(largest, sink)
-    largest = largest.clamp_(min=torch.finfo(scores.dtype).min)
+    largest = largest.clamp(min=torch.finfo(scores.dtype).min)
     shifted = (scores - largest).clamp_(min=_FAINT)
     rest = torch.zeros_like(largest) if sink is None else torch.exp(sink - largest)
     return shifted, shifted.exp(), rest
@@ -75,16 +95,17 @@ def scored_rows(
     size = _tile_size(q_BHMD, k_BGND, spec.group, len(at))
     size = (*size[:2], len(at)) if together else size
     given = (q_BHMD, k_BGND, operands, params, spec)
-    shared = not spec.mask.has(b, h)
+    # The mask of these rows is evaluated once where no head or batch item has one of its own.
+    shared = not spec.mask.has(b, h) and not _shuts_out(spec)
     for first in range(0, len(at), size[2]):
-        keep = None
+        attended = None
         for batch in range(0, q_BHMD.shape[0], size[0]):
             for head in range(0, q_BHMD.shape[1], size[1]):
                 starts = (batch, head, first)
                 tile = tuple(slice(s, s + n) for s, n in zip(starts, size, strict=True))
-                # The mask of these rows is evaluated once where no head has one of its own.
-                keep = keep if shared and keep is not None else _keep(given, tile, places)
-                yield tile, _scored(given, tile, places, keep)
+                scored = _scored(given, tile, places, attended)
+                attended = scored.attended if shared else None
+                yield tile, scored
 
 
 _Given = tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Sequence[int], AttentionSpec]
@@ -94,52 +115,59 @@ def _tile_size(q: torch.Tensor, k: torch.Tensor, group: int, rows: int) -> tuple
     """Batch items, heads (a multiple or a divisor of a group) and rows of a tile."""
     room = max((_TILE if q.device.type == "cpu" else _TILE_ON_GPU) // k.shape[2], 1)
     if room < rows * group:
-        heads = next(
-            n for n in range(group, 0, -1) if group % n == 0 and n * rows <= max(room, rows)
-        )
+        most = max(room // rows, 1)
+        heads = next(n for n in range(group, 0, -1) if group % n == 0 and n <= most)
         return 1, heads, min(rows, room)
     groups = min(room // (rows * group), k.shape[1])
     return max(room // (rows * q.shape[1]), 1), groups * group, rows
 
 
-def _keep(given: _Given, tile: Tile, places: torch.Tensor) -> torch.Tensor | None:
-    q, key, operands, params, spec = given
-    if spec.mask == sympy.true:
-        return None
-    values = _positions(q, key, tile, places)
-    keep = evaluate_dense(spec.mask, values, operands, params, partial=True)
-    return torch.as_tensor(keep, device=q.device).bool().expand(*_leading(keep), key.shape[2])
-
-
-def _leading(keep: object) -> tuple[int, ...]:
-    """The axes of a mask before the keys', four in all."""
-    shape = keep.shape if isinstance(keep, torch.Tensor) else ()
-    return (1,) * (4 - max(len(shape), 1)) + tuple(shape[:-1])
+def _shuts_out(spec: AttentionSpec) -> bool:
+    """Whether a bias may be -inf: the mask alone does not tell what is attended."""
+    return bool(spec.score.has(Load, -sympy.oo))
 
 
 def _scored(
-    given: _Given, tile: Tile, places: torch.Tensor, keep: torch.Tensor | None
+    given: _Given, tile: Tile, places: torch.Tensor, attended: Attended | None
 ) -> ScoredRows:
     q, key, operands, params, spec = given
     values = _positions(q, key, tile, places)
     values[S] = scores = _products(q[tile[0], tile[1]][:, :, places[tile[2]]], key, tile, spec)
     if spec.score != S:
         scores = evaluate_dense(spec.score, values, operands, params, partial=True)
-        scores = scores.expand(values[S].shape)
-    if spec.score.has(Load, -sympy.oo):  # a bias can shut keys out, too
-        open_keys = scores != float("-inf")
-        keep = open_keys if keep is None else open_keys & keep
+        scores = torch.as_tensor(scores).to(values[S].dtype).expand(values[S].shape)
     sink = None
     if spec.sink is not None:
         found = evaluate_dense(spec.sink, values, operands, params, partial=True)
         sink = torch.as_tensor(found, dtype=scores.dtype, device=scores.device)
-    if keep is not None and spec.empty_row is EmptyRow.UNIFORM and sink is None:
-        empty = ~keep.any(-1, keepdim=True)
-        keep, scores = keep | empty, torch.where(empty, 0.0, scores)
-    if keep is not None:  # by adding: torch.where is an order of magnitude slower
-        drop = scores.new_zeros(keep.shape).masked_fill_(~keep, float("-inf"))
-        scores = scores + drop
-    return ScoredRows(scores, sink, keep, places[tile[2]] + (key.shape[2] - q.shape[2]))
+    keep = None
+    if spec.mask != sympy.true and attended is None:
+        found = evaluate_dense(spec.mask, values, operands, params, partial=True)
+        keep = torch.as_tensor(found, device=q.device).bool()
+    if _shuts_out(spec):
+        finite = scores != float("-inf")
+        keep = finite if keep is None else finite & keep
+        scores = scores.masked_fill(~finite, 0)
+    if keep is not None:
+        attended = _attended(keep, key.shape[2], scores.dtype)
+    if attended is not None and spec.empty_row is EmptyRow.UNIFORM and sink is None:
+        attended, scores = _uniform(attended, scores)
+    return ScoredRows(scores, attended, sink, places[tile[2]] + (key.shape[2] - q.shape[2]))
+
+
+def _attended(keep: torch.Tensor, columns: int, dtype: torch.dtype) -> Attended:
+    keep = keep.expand(*keep.shape[:-1], columns)[(None,) * (4 - keep.dim())]
+    drop = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
+    return Attended(drop.masked_fill_(~keep, float("-inf")), keep.cumsum(-1, dtype=torch.int32))
+
+
+def _uniform(attended: Attended, scores: torch.Tensor) -> tuple[Attended, torch.Tensor]:
+    """Rows without a key attend to all, with a score of 0."""
+    empty = attended.counts[..., -1:] == 0
+    if not empty.any():
+        return attended, scores
+    keep = (attended.drop == 0) | empty
+    return _attended(keep, scores.shape[-1], scores.dtype), scores.masked_fill(empty, 0)
 
 
 def _products(
@@ -156,7 +184,7 @@ def _products(
 
 def _positions(
     q: torch.Tensor, key: torch.Tensor, tile: Tile, places: torch.Tensor
-) -> dict[sympy.Symbol, object]:
+) -> dict[sympy.Symbol, torch.Tensor | int]:
     batch, heads = (
         torch.arange(*part.indices(size), device=q.device)
         for part, size in zip(tile[:2], q.shape[:2], strict=True)

@@ -1,8 +1,8 @@
 """What each head's attention is like, from some of its rows, computed exactly.
 
 A sample of R query rows, one of each of R equal parts, takes R/M of the scores; of them everything
-here is computed in one pass, tile by tile, whatever the spec's mask, score, sink and groups: nothing
-M x N exists.
+here is computed in one pass, tile by tile (scored_rows.py), whatever the spec's mask, score, sink and
+groups. Nothing M x N exists.
 
 The distribution of a row is over the keys that it attends to and the sink, if there is one:
 
@@ -18,11 +18,11 @@ import torch
 
 from adaattn_compiler.decision import BLOCK
 from adaattn_compiler.kernels.probe import probed_rows
-from adaattn_compiler.kernels.scored_rows import ScoredRows, exponentials, scored_rows
+from adaattn_compiler.kernels.scored_rows import Attended, ScoredRows, exponentials, scored_rows
 from adaattn_compiler.spec import AttentionSpec
 
 # Scores of each row that quantiles are taken of.
-_OF_A_ROW = 64
+_OF_A_ROW = 32
 SCORE_QUANTILES = (0.01, 0.5, 0.99)
 ENTROPY_QUANTILES = (0.1, 0.5, 0.9)
 _TOP_SHARE = 8  # one of so many blocks, rounded up
@@ -117,27 +117,25 @@ def head_statistics(
 
 
 def _measures(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
-    """[b,h,r] by name; "sample" [b,h,r,_OF_A_ROW]. Where "counted" is False, the rest means nothing."""
-    scores, keep = scored.scores, scored.keep
+    """[b,h,r] by name, to be read where "counted"; "sample": [b,h,r,_OF_A_ROW]."""
+    scores, attended = scored.scores, scored.attended
     shifted, weights, rest = exponentials(scores, scored.sink)
-    rest = rest[..., 0]
     blocks = _in_blocks(weights).sum(-1)
-    keys = blocks.sum(-1)
+    keys, rest = blocks.sum(-1), rest[..., 0]
     total = keys + rest
     # -sum p log p with p = weight / total; that of the sink is entr(rest).
-    entropy = (
-        total.log() + (torch.special.entr(rest) - torch.linalg.vecdot(shifted, weights)) / total
-    )
-    attended = torch.as_tensor(scores.shape[-1]) if keep is None else keep.sum(-1)
-    choices = (attended + (scored.sink is not None)).to(scores)
-    local_entropy, counted_locally = _local_entropy(scored)
+    sums = torch.linalg.vecdot(shifted, weights) - torch.special.entr(rest)
+    entropy = total.log() - sums / total
+    count = blocks.new_tensor(scores.shape[-1]) if attended is None else attended.counts[..., -1]
+    choices = (count + (scored.sink is not None)).to(scores)
+    local_entropy, counted_locally = _local_entropy(scores, scored.diagonal)
     found = {
-        "counted": attended > 0,
-        "score_max": _largest_score(scores, keep),
+        "counted": count > 0,
+        "score_max": _largest_score(scores, scored),
         "entropy": entropy,
         "entropy_normalized": torch.where(choices > 1, entropy / choices.log(), 0.0),
-        "saturation": weights.amax(-1) / total,
-        "top_block_mass": _top_block_mass(blocks, keys, keep),
+        "saturation": shifted.amax(-1).exp() / total,
+        "top_block_mass": _top_block_mass(blocks, keys, attended),
         "global_entropy": torch.special.entr(blocks / keys[..., None]).sum(-1),
         "local_entropy": local_entropy,
         "counted_locally": counted_locally,
@@ -146,33 +144,39 @@ def _measures(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
     return {**found, "sample": _sample(scored, turn)}
 
 
-def _in_blocks(per_key: torch.Tensor) -> torch.Tensor:
-    """[..., N] as [..., blocks, BLOCK], zeros (False) at the end."""
-    missing = -per_key.shape[-1] % BLOCK
-    padded = torch.nn.functional.pad(per_key, (0, missing)) if missing else per_key
+def _in_blocks(weights: torch.Tensor) -> torch.Tensor:
+    """[..., N] as [..., blocks, BLOCK], zeros at the end."""
+    missing = -weights.shape[-1] % BLOCK
+    padded = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
     return padded.unflatten(-1, (-1, BLOCK))
 
 
-def _largest_score(scores: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    lowest = scores if keep is None else scores.masked_fill(~keep, float("inf"))
-    return torch.maximum(scores.amax(-1), -lowest.amin(-1))
+def _largest_score(scores: torch.Tensor, scored: ScoredRows) -> torch.Tensor:
+    attended = scored.attended
+    high = scored.finite if attended is None else scored.finite - attended.drop
+    return torch.maximum(scores.amax(-1), -high.amin(-1))
 
 
 def _top_block_mass(
-    blocks: torch.Tensor, keys: torch.Tensor, keep: torch.Tensor | None
+    blocks: torch.Tensor, keys: torch.Tensor, attended: Attended | None
 ) -> torch.Tensor:
-    every = torch.as_tensor(blocks.shape[-1], device=blocks.device)
-    attended = every if keep is None else _in_blocks(keep).any(-1).sum(-1)
-    last = ((attended + _TOP_SHARE - 1) // _TOP_SHARE - 1).clamp(min=0)
+    count = torch.as_tensor(blocks.shape[-1], device=blocks.device)
+    if attended is not None:  # blocks over which the number of attended keys grows
+        columns = attended.counts.shape[-1]
+        ends = torch.arange(BLOCK, columns + BLOCK, BLOCK, device=blocks.device)
+        so_far = attended.counts[..., ends.clamp(max=columns) - 1]
+        count = (so_far.diff(dim=-1, prepend=torch.zeros_like(so_far[..., :1])) > 0).sum(-1)
+    last = ((count + _TOP_SHARE - 1) // _TOP_SHARE - 1).clamp(min=0)
     sums = blocks.sort(-1, descending=True).values.cumsum(-1)
     return sums.gather(-1, last.expand(keys.shape)[..., None])[..., 0] / keys
 
 
-def _local_entropy(scored: ScoredRows) -> tuple[torch.Tensor, torch.Tensor]:
+def _local_entropy(
+    scores: torch.Tensor, diagonal: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(nats, whether the row attends to a key so near)."""
-    scores = scored.scores
     steps = torch.arange(1 - BLOCK, BLOCK, device=scores.device)
-    places = scored.diagonal[:, None] + steps
+    places = diagonal[:, None] + steps
     inside = (places >= 0) & (places < scores.shape[-1])
     places = places.clamp(0, scores.shape[-1] - 1).expand(*scores.shape[:2], -1, -1)
     near = scores.gather(-1, places).masked_fill(~inside, float("-inf"))
@@ -184,13 +188,13 @@ def _local_entropy(scored: ScoredRows) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _sample(scored: ScoredRows, turn: int) -> torch.Tensor:
     """Scores of each row, one of each of _OF_A_ROW equal parts of the keys that it attends to."""
-    scores, keep = scored.scores, scored.keep
+    scores = scored.finite
     share = ((scored.diagonal + turn) * 0.6180339887498949) % 1.0
     part = (torch.arange(_OF_A_ROW, device=scores.device) + share[:, None].double()) / _OF_A_ROW
-    if keep is None:
+    if scored.attended is None:
         places = (part * scores.shape[-1]).long()
     else:  # the place of the j-th attended key, for some j
-        counts = keep.cumsum(-1, dtype=torch.int32)
+        counts = scored.attended.counts
         wanted = (part * counts[..., -1:]).int() + 1
         counts = counts.expand(*wanted.shape[:-1], -1).contiguous()
         places = torch.searchsorted(counts, wanted).clamp_(max=scores.shape[-1] - 1)

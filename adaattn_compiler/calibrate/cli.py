@@ -103,8 +103,8 @@ def _said(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="adaattn-calibrate",
-        description="Measure what each attention head of a model loses and gains by computing less, "
-        "and write the policy that keeps to a budget.",
+        description="Measure what each attention head of a model loses and gains by computing "
+        "less, and write the policy that keeps to a budget.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -113,7 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--threads", type=_count, metavar="N", help="default: torch's")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("policy.json"), metavar="FILE",
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("policy.json"),
+        metavar="FILE",
         help="default: policy.json",
     )
     parser.add_argument(
@@ -126,11 +130,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", metavar="MODULE:FUNCTION",
+        "model",
+        nargs="?",
+        metavar="MODULE:FUNCTION",
         help="a function that returns the model, or (model, inputs)",
     )
     parser.add_argument(
-        "--data", metavar="MODULE:NAME",
+        "--data",
+        metavar="MODULE:NAME",
         help="batches, or a function that returns them: of each, a dictionary is given as "
         "keywords, a tuple as arguments",
     )
@@ -142,7 +149,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--length", type=_count, metavar="N", help=f"tokens in a sample (default: {_LENGTH})"
     )
     parser.add_argument(
-        "--samples", type=_count, metavar="N",
+        "--samples",
+        type=_count,
+        metavar="N",
         help=f"how many (default: {_SAMPLES} of --text, all of --data)",
     )
     parser.add_argument("--dtype", help="of --hf (default: as saved)")
@@ -158,7 +167,9 @@ def _add_budgets(parser: argparse.ArgumentParser) -> None:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=_share, metavar="X", help=f"{helps[name]}: 0.001 or 0.1%%")
     parser.add_argument(
-        "--preset", choices=list(PRESETS), default="balanced",
+        "--preset",
+        choices=list(PRESETS),
+        default="balanced",
         help="how much of the budget is used: half, 0.8 (default), all",
     )
 

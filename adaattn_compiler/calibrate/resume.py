@@ -158,9 +158,8 @@ def _call_written(call: Call) -> dict[str, Any]:
 
 
 def _call_read(fields: Mapping[str, Any]) -> Call:
-    names = [each.name for each in dataclasses.fields(Call)]
-    given = {name: fields[name] for name in names}
-    return Call(**{n: _tensor_read(v) if isinstance(v, dict) else v for n, v in given.items()})
+    errors, low, high = (_tensor_read(fields[name]) for name in ("errors", "low", "high"))
+    return Call(errors, low, high, int(fields["rows"]), int(fields["columns"]))
 
 
 def _tensor_written(tensor: torch.Tensor) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from adaattn_compiler.kernels.measure import first_line
 from adaattn_compiler.subjects import Fault, dtype_of
 
 # Files of which a folder with a tokenizer has at least one.
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 _BYTES = 256
 # A text is read in stretches; no tokenizer has this many characters to a token on average.
 _CHARACTERS = 32
