@@ -41,7 +41,7 @@ class Options:
     take (choosing kernels not counted); after that Inductor gets the graph as it is.
     policy (None): a `Policy`, or the path of its file; without one everything is exact.
     audit_rows (4): how many query rows each call of a site that has a policy computes exactly, too,
-    before (a head whose kept keys do not do there is exact in that call) and after; 0 for none.
+    and compares: a head that is too far off there is exact in that call; 0 for none.
     """
 
     enabled: bool = True

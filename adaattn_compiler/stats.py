@@ -9,7 +9,7 @@ import torch
 from adaattn_compiler.runtime.state import HeadStats, head_stats
 from adaattn_compiler.runtime.states import STATES
 
-_HEADER = ("site", "head", "calls", "as decided", "out of range", "probe", "audits", "error", "")
+_HEADER = ("site", "head", "calls", "as decided", "out of range", "off", "audits", "error", "")
 
 
 @dataclass(frozen=True)
@@ -80,5 +80,5 @@ def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 def _row(label: str, head: int, found: HeadStats) -> tuple[str, ...]:
     error = "" if found.error is None else f"{found.error:.2e}"
-    counts = (found.calls, found.as_decided, found.left_envelope, found.failed_probe, found.audits)
+    counts = (found.calls, found.as_decided, found.left_envelope, found.failed_audit, found.audits)
     return label, str(head), *map(str, counts), error, "demoted" if found.demoted else ""

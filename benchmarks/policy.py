@@ -9,7 +9,7 @@ layer by layer on the tensors of one piece of text, all in one run, in turns:
 
   exact      our own exact float32 kernel
   inductor   torch.compile(backend="inductor") of the same scaled_dot_product_attention
-  decided    under the policy, with guards, probes and audits
+  decided    under the policy, with guards and audits
   unguarded  the same without them: the difference is what they cost
 """
 
@@ -228,8 +228,8 @@ def _decided(sites: list[Site], policy: Policy) -> Call:
     def call() -> list[torch.Tensor]:
         out = []
         for tensors, state, plan in given:
-            checked = ops.check_envelope(*tensors, state, plan)
-            out.append(ops.attention_as_decided(*tensors, *checked, state, plan))
+            flags = ops.check_envelope(*tensors[:3], state, plan)
+            out.append(ops.attention_as_decided(*tensors, flags, state, plan))
         return out
 
     return call

@@ -18,16 +18,17 @@ from adaattn_compiler.decision import HeadDecision, Pattern, Pooling, Precision,
 @dataclass(frozen=True)
 class DecidedPlan:
     """base: the plan of the kernel that computes it. heads: how. low, high: of each statistic
-    (kernels/envelope.py), of each head, what a guard lets through. probe: the error of the kept
-    blocks alone, on probed rows, that it lets through. budgets: the relative error of each head at
-    which it is demoted. rows: how many rows each call probes and audits; 0: none.
+    (kernels/envelope.py), of each head, what a guard lets through. limit: the relative error of
+    each head, on the audited rows of one call, above which that call computes it exactly. budgets:
+    the moving average of that error at which it is demoted. rows: how many query rows each call
+    audits; 0: none.
     """
 
     base: str
     heads: tuple[HeadDecision, ...]
     low: tuple[tuple[float, ...], ...]
     high: tuple[tuple[float, ...], ...]
-    probe: tuple[float, ...]
+    limit: tuple[float, ...]
     budgets: tuple[float, ...]
     rows: int
 

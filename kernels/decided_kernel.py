@@ -22,15 +22,15 @@ from adaattn_compiler.spec import EmptyRow, Load
 # The ops must be registered wherever the kernel may be chosen.
 OPS = (decided_op.check_envelope, decided_op.attention_as_decided)
 
-# The statistic of an envelope that probes are held to, by head; not one of the inputs.
-PROBE_ERROR = "probe_error"
+# The statistic of an envelope that each call's audit is held to, by head; not one of the inputs.
+AUDIT_ERROR = "audit_error"
 
 _PRECISIONS = (Precision.FP32, Precision.BF16)
 
 
 @dataclass(frozen=True)
 class DecidedKernel:
-    """See the module's docstring. rows: how many rows each call probes and audits."""
+    """See the module's docstring. rows: how many query rows each call audits."""
 
     site: SitePolicy
     rows: int
@@ -63,7 +63,7 @@ class DecidedKernel:
             heads=self.site.decision.heads,
             low=low,
             high=high,
-            probe=_bounds(statistics.get(PROBE_ERROR, ()), self.site)[1],
+            limit=_bounds(statistics.get(AUDIT_ERROR, ()), self.site)[1],
             budgets=self.site.budget,
             rows=self.rows,
         )
@@ -75,10 +75,11 @@ class DecidedKernel:
         def attention(
             q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
         ) -> Any:
-            given = (q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params))
-            checked = torch.ops.adaattn.check_envelope(*given, sizes.state, text)
-            found = [checked[i] for i in range(3)]
-            return torch.ops.adaattn.attention_as_decided(*given, *found, sizes.state, text)
+            qkv = (q_BHMD, k_BGND, v_BGNE)
+            flags = torch.ops.adaattn.check_envelope(*qkv, sizes.state, text)
+            return torch.ops.adaattn.attention_as_decided(
+                *qkv, list(operands), list(sizes.params), flags, sizes.state, text
+            )
 
         return attention
 

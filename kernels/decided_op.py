@@ -12,15 +12,11 @@ from collections.abc import Sequence
 import torch
 
 from adaattn_compiler.kernels.cpu.decided import decided_runner
-from adaattn_compiler.kernels.decided import DecidedPlan
 
-_CHECK = (
-    "(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] params, Tensor state, str plan)"
-    " -> (Tensor, Tensor, Tensor)"
-)
+_CHECK = "(Tensor q, Tensor k, Tensor v, Tensor state, str plan) -> Tensor"
 _ATTENTION = (
-    "(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] params, Tensor flags, Tensor rows,"
-    " Tensor exact, Tensor(a!) state, str plan) -> Tensor"
+    "(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] params, Tensor flags,"
+    " Tensor(a!) state, str plan) -> Tensor"
 )
 for _name, _schema in (("check_envelope", _CHECK), ("attention_as_decided", _ATTENTION)):
     torch.library.define(f"adaattn::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -28,21 +24,14 @@ for _name, _schema in (("check_envelope", _CHECK), ("attention_as_decided", _ATT
 
 @torch.library.impl("adaattn::check_envelope", "CPU")
 def check_envelope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    params: Sequence[int],
-    state: torch.Tensor,
-    plan: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(flags int32 [B,H], rows int64 [R], exact float32 [B,H,R,E]) of q [B,H,M,D], k, v.
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, plan: str
+) -> torch.Tensor:
+    """Flags, int32 [B,H], of q [B,H,M,D], k [B,G,N,D] and v [B,G,N,E].
 
-    flags: 1 as decided; else exactly, because: 0, statistics left the envelope; -1, the kept blocks
-    alone are too far off on the probed rows; -2, demoted by audits. Raises ValueError for text that
-    is no plan.
+    1: as decided; else exactly, because: 0, statistics left the envelope; -2, the head was demoted.
+    Raises ValueError for text that is no plan.
     """
-    return decided_runner(plan).check(q, k, v, operands, params, state)
+    return decided_runner(plan).check(q, k, v, state)
 
 
 @torch.library.impl("adaattn::attention_as_decided", "CPU")
@@ -53,32 +42,21 @@ def attention_as_decided(
     operands: Sequence[torch.Tensor],
     params: Sequence[int],
     flags: torch.Tensor,
-    rows: torch.Tensor,
-    exact: torch.Tensor,
     state: torch.Tensor,
     plan: str,
 ) -> torch.Tensor:
-    """[B,H,M,E], laid out as [B,M,H,E]; flags, rows and exact as `check_envelope` gives them."""
-    out = decided_runner(plan)(q, k, v, operands, params, flags, rows, exact, state)
+    """[B,H,M,E], laid out as [B,M,H,E]; flags as `check_envelope` gives them.
+
+    Some rows are audited: a head that is too far off there is computed exactly after all.
+    """
+    out = decided_runner(plan)(q, k, v, operands, params, flags, state)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake_check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    params: Sequence[int],
-    state: torch.Tensor,
-    plan: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    count = DecidedPlan.deserialize(plan).rows
-    batch, heads = q.shape[:2]
-    return (
-        q.new_empty(batch, heads, dtype=torch.int32),
-        q.new_empty(count, dtype=torch.int64),
-        q.new_empty(batch, heads, count, v.shape[3], dtype=torch.float32),
-    )
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, plan: str
+) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], dtype=torch.int32)
 
 
 def _fake_attention_as_decided(
@@ -88,8 +66,6 @@ def _fake_attention_as_decided(
     operands: Sequence[torch.Tensor],
     params: Sequence[int],
     flags: torch.Tensor,
-    rows: torch.Tensor,
-    exact: torch.Tensor,
     state: torch.Tensor,
     plan: str,
 ) -> torch.Tensor:

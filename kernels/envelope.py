@@ -1,8 +1,7 @@
 """Statistics of a call's inputs that guards compare with what a policy was calibrated on.
 
 Cheap beside the attention: of at most `_ROWS` rows of each tensor, evenly spaced. They tell inputs
-of another kind (larger, one-hot, all alike), not whether a pattern holds: that is what probes and
-audits are for.
+of another kind (larger, one-hot, all alike), not whether a pattern holds: audits do.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-_ROWS = 256
+_ROWS = 64
 # Each of [heads of the tensor]: root mean square; largest magnitude; the share of the mean square
 # that is the mean row's (1 where all rows are alike).
 MEASURES = ("rms", "max", "mean")

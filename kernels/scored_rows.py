@@ -16,8 +16,8 @@ from adaattn_compiler.kernels.evaluate import evaluate_dense
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, b, h, k
 from adaattn_compiler.spec import q as row
 
-# Scores of a tile: larger ones leave a processor's cache, smaller ones cost calls. A GPU wants more.
-_TILE, _TILE_ON_GPU = 2**19, 2**25
+# Scores of a tile: more leave a processor's cache, fewer cost calls; a GPU wants many at once.
+_TILE, _TILE_ON_GPU = 2**18, 2**25
 # exp of this is the least that is no denormal in float32, with which everything is slow.
 _FAINT = -87.0
 
@@ -62,6 +62,15 @@ class ScoredRows:
         return weights.div_(total.masked_fill(total < 0.5, float("inf")))
 
 
+def sampled_rows(rows: int, count: int, turn: int) -> list[int]:
+    """The middle row of each of `count` equal parts (all, if there are no more); with each turn
+    another one, by steps of the golden ratio. The first of each would be the rows of a causal mask
+    that have the fewest keys."""
+    count = min(count, rows)
+    share = (0.5 + turn * 0.6180339887498949) % 1.0
+    return [int((i + share) * rows / count) for i in range(count)]
+
+
 def exponentials(
     scores: torch.Tensor, sink: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,8 +110,11 @@ def scored_rows(
         attended = None
         for batch in range(0, q_BHMD.shape[0], size[0]):
             for head in range(0, q_BHMD.shape[1], size[1]):
-                starts = (batch, head, first)
-                tile = tuple(slice(s, s + n) for s, n in zip(starts, size, strict=True))
+                tile = (
+                    slice(batch, batch + size[0]),
+                    slice(head, head + size[1]),
+                    slice(first, first + size[2]),
+                )
                 scored = _scored(given, tile, places, attended)
                 attended = scored.attended if shared else None
                 yield tile, scored
@@ -132,10 +144,11 @@ def _scored(
 ) -> ScoredRows:
     q, key, operands, params, spec = given
     values = _positions(q, key, tile, places)
-    values[S] = scores = _products(q[tile[0], tile[1]][:, :, places[tile[2]]], key, tile, spec)
+    products = _products(q[tile[0], tile[1]][:, :, places[tile[2]]], key, tile, spec)
+    values[S] = scores = products
     if spec.score != S:
         scores = evaluate_dense(spec.score, values, operands, params, partial=True)
-        scores = torch.as_tensor(scores).to(values[S].dtype).expand(values[S].shape)
+        scores = torch.as_tensor(scores).to(products).expand(products.shape)
     sink = None
     if spec.sink is not None:
         found = evaluate_dense(spec.sink, values, operands, params, partial=True)
@@ -179,7 +192,7 @@ def _products(
     groups = max(few.shape[1] // spec.group, 1)
     keys = key[tile[0], first : first + groups].to(wide)
     grouped = few.to(wide).reshape(few.shape[0], groups, -1, few.shape[3]) * spec.scale
-    return (grouped @ keys.mT).reshape(*few.shape[:3], -1)
+    return torch.matmul(grouped, keys.mT).reshape(*few.shape[:3], -1)
 
 
 def _positions(

@@ -1,8 +1,8 @@
 """What each head's attention is like, from some of its rows, computed exactly.
 
 A sample of R query rows, one of each of R equal parts, takes R/M of the scores; of them everything
-here is computed in one pass, tile by tile (scored_rows.py), whatever the spec's mask, score, sink and
-groups. Nothing M x N exists.
+here is computed in one pass, tile by tile (scored_rows.py), whatever the spec's mask, score, sink
+and groups. Nothing M x N exists.
 
 The distribution of a row is over the keys that it attends to and the sink, if there is one:
 
@@ -17,8 +17,13 @@ from dataclasses import dataclass, fields
 import torch
 
 from adaattn_compiler.decision import BLOCK
-from adaattn_compiler.kernels.probe import probed_rows
-from adaattn_compiler.kernels.scored_rows import Attended, ScoredRows, exponentials, scored_rows
+from adaattn_compiler.kernels.scored_rows import (
+    Attended,
+    ScoredRows,
+    exponentials,
+    sampled_rows,
+    scored_rows,
+)
 from adaattn_compiler.spec import AttentionSpec
 
 # Scores of each row that quantiles are taken of.
@@ -92,7 +97,7 @@ def head_statistics(
     params: Sequence[int],
     spec: AttentionSpec,
     *,
-    rows: int = 64,
+    rows: int = 32,
     turn: int = 0,
 ) -> HeadStatistics:
     """Of `rows` rows of each head (all, where there are no more); others with each turn.
@@ -101,7 +106,7 @@ def head_statistics(
     """
     if rows < 1 or 0 in (q_BHMD.shape[2], k_BGND.shape[2]):
         raise ValueError(f"{rows} rows of {tuple(q_BHMD.shape)} by {tuple(k_BGND.shape)}")
-    at = probed_rows(q_BHMD.shape[2], rows, turn)
+    at = sampled_rows(q_BHMD.shape[2], rows, turn)
     measures: dict[str, torch.Tensor] = {}
     for tile, scored in scored_rows(q_BHMD, k_BGND, operands, params, spec, at):
         for name, found in _measures(scored, turn).items():
@@ -109,8 +114,8 @@ def head_statistics(
                 shape = (*q_BHMD.shape[:2], len(at), *found.shape[3:])
                 measures[name] = found.new_empty(shape)
             measures[name][tile] = found
-    magnitudes = [_magnitude(tensor, spec.group) for tensor in (k_BGND, v_BGNE)]
-    return _of_heads(measures, (_magnitude(q_BHMD, 1), *magnitudes))
+    k_max, v_max = (_magnitude(tensor, spec.group) for tensor in (k_BGND, v_BGNE))
+    return _of_heads(measures, (_magnitude(q_BHMD, 1), k_max, v_max))
 
 
 # -- of each row -----------------------------------------------------------------------------------
@@ -124,7 +129,8 @@ def _measures(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
     keys, rest = blocks.sum(-1), rest[..., 0]
     total = keys + rest
     # -sum p log p with p = weight / total; that of the sink is entr(rest).
-    sums = torch.linalg.vecdot(shifted, weights) - torch.special.entr(rest)
+    largest = shifted.amax(-1).exp()
+    sums = shifted.mul_(weights).sum(-1) - torch.special.entr(rest)
     entropy = total.log() - sums / total
     count = blocks.new_tensor(scores.shape[-1]) if attended is None else attended.counts[..., -1]
     choices = (count + (scored.sink is not None)).to(scores)
@@ -134,7 +140,7 @@ def _measures(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
         "score_max": _largest_score(scores, scored),
         "entropy": entropy,
         "entropy_normalized": torch.where(choices > 1, entropy / choices.log(), 0.0),
-        "saturation": shifted.amax(-1).exp() / total,
+        "saturation": largest / total,
         "top_block_mass": _top_block_mass(blocks, keys, attended),
         "global_entropy": torch.special.entr(blocks / keys[..., None]).sum(-1),
         "local_entropy": local_entropy,
@@ -148,7 +154,7 @@ def _in_blocks(weights: torch.Tensor) -> torch.Tensor:
     """[..., N] as [..., blocks, BLOCK], zeros at the end."""
     missing = -weights.shape[-1] % BLOCK
     padded = torch.nn.functional.pad(weights, (0, missing)) if missing else weights
-    return padded.unflatten(-1, (-1, BLOCK))
+    return padded.reshape(*padded.shape[:-1], -1, BLOCK)
 
 
 def _largest_score(scores: torch.Tensor, scored: ScoredRows) -> torch.Tensor:

@@ -31,7 +31,7 @@ def chooser_of(
 
 
 def policy_chooser(policy: Policy, rows: int, weights: GraphWeights) -> Chooser:
-    """Answers as a policy says; rows: how many each call probes and audits."""
+    """Answers as a policy says; rows: how many each call audits."""
 
     def chosen(key: SiteKey, site: Site, problem: Problem) -> Choice | Exact:
         decided = policy.site(key.name, key.ordinal)

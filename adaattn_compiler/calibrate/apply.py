@@ -1,4 +1,4 @@
-"""Handlers that compute sites as chosen, and watch what guards will see of it."""
+"""Handlers that compute sites as chosen, and watch what audits will see of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from adaattn_compiler.calibrate.board import Tensors, exactly
 from adaattn_compiler.calibrate.measure import decided, unguarded
 from adaattn_compiler.decision import EXACT, HeadDecision
+from adaattn_compiler.kernels.audit import audited_rows, relative_error
 from adaattn_compiler.kernels.cpu.decided import DecidedRunner
-from adaattn_compiler.kernels.patterns import kept_blocks
-from adaattn_compiler.kernels.probe import probe, probed_rows
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.passes.choices import SiteKey
 
@@ -34,30 +33,19 @@ class Applying:
         return decided(self._runners[key, problem], tensors)
 
 
-class Probing:
-    """The handler that notes the largest error of the kept blocks on probed rows, by head."""
+class Auditing:
+    """The handler that notes the largest error of audited rows, by head, as audits will see it."""
 
     def __init__(self, decisions: Decisions, rows: int, turns: int) -> None:
         self.largest: dict[SiteKey, torch.Tensor] = {}
         self._apply = Applying(decisions)
-        self._decisions = decisions
         self._rows = rows
         self._turns = turns
 
     def __call__(self, key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:
-        heads = self._decisions.get(key, ())
-        if any(head.pattern is not None for head in heads):
-            for turn in range(self._turns):
-                found = self._probe(heads, problem, tensors, turn)
-                before = self.largest.get(key, found)
-                self.largest[key] = torch.maximum(before, found)
-        return self._apply(key, problem, tensors)
-
-    def _probe(
-        self, heads: tuple[HeadDecision, ...], problem: Problem, tensors: Tensors, turn: int
-    ) -> torch.Tensor:
-        q, k, v, operands, params = tensors
-        rows, columns = q.shape[2], k.shape[2]
-        kept = torch.stack([kept_blocks(head, rows, columns) for head in heads])
-        at = probed_rows(rows, self._rows, turn)
-        return probe(q, k, v, operands, params, problem.spec, at, kept).error.amax(0)
+        out, exact = self._apply(key, problem, tensors), exactly(key, problem, tensors)
+        for turn in range(self._turns):
+            at = audited_rows(out.shape[2], self._rows, turn)
+            found = relative_error(out[:, :, at].double(), exact[:, :, at].double()).amax(0)
+            self.largest[key] = torch.maximum(self.largest.get(key, found), found)
+        return out

@@ -31,7 +31,9 @@ def candidates_for(problem: Problem) -> tuple[HeadDecision, ...]:
     found = [HeadDecision(scores=s, values=v) for s, v in stages]
     best = stages[-1]
     found += [HeadDecision(scores=best[0], values=best[1], skip=skip) for skip in _SKIPS]
-    for pattern, (scores, values) in itertools.product(_patterns(problem), {stages[0], best}):
+    # In an order that is the same in every process, as a set's is not.
+    ends = dict.fromkeys((stages[0], best))
+    for pattern, (scores, values) in itertools.product(_patterns(problem), ends):
         found.append(HeadDecision(pattern=pattern, scores=scores, values=values))
     found = [decision for decision in found if decision_refusal(problem, (decision,)) is None]
     return tuple(dict.fromkeys((EXACT, *found)))

@@ -12,11 +12,11 @@ import torch
 from adaattn_compiler.calibrate.board import Tensors, exactly
 from adaattn_compiler.calibrate.candidates import candidates_for
 from adaattn_compiler.decision import HeadDecision
+from adaattn_compiler.kernels.audit import relative_error
 from adaattn_compiler.kernels.cpu.decided import AS_DECIDED, DecidedRunner
 from adaattn_compiler.kernels.cpu.runner import plan_of
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.envelope import guard_statistics, names
-from adaattn_compiler.kernels.probe import relative_error
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.runtime.state import new_state
@@ -37,9 +37,7 @@ def decided(runner: DecidedRunner, tensors: Tensors) -> torch.Tensor:
     """Its result, every head as decided."""
     q, k, v, operands, params = tensors
     flags = torch.full(q.shape[:2], AS_DECIDED, dtype=torch.int32)
-    none = q.new_empty(*q.shape[:2], 0, v.shape[3])
-    at = torch.empty(0, dtype=torch.int64)
-    return runner(q, k, v, operands, params, flags, at, none, new_state(q.shape[1]))
+    return runner(q, k, v, operands, params, flags, new_state(q.shape[1]))
 
 
 class Stale(Exception):

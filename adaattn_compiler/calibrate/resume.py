@@ -102,7 +102,9 @@ class Journal:
         if different:
             return self.disowned(f"it was begun with other {' and other '.join(different)}")
         self.begun = begun
-        self._say(f"going on from {self.path}: {len(begun.samples)} samples are measured already")
+        many = len(begun.samples)
+        words = "1 sample is" if many == 1 else f"{many} samples are"
+        self._say(f"going on from {self.path}: {words} measured already")
 
 
 # -- the file's text -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adaattn_compiler.calibrate.apply import Applying, Probing
+from adaattn_compiler.calibrate.apply import Applying, Auditing
 from adaattn_compiler.calibrate.board import Board
 from adaattn_compiler.calibrate.chosen import Timing
 from adaattn_compiler.calibrate.measure import SiteMeasurements
@@ -34,7 +34,7 @@ from adaattn_compiler.calibrate.select import (
 )
 from adaattn_compiler.decision import SiteDecision
 from adaattn_compiler.fingerprint import data_fingerprint, weights_fingerprint
-from adaattn_compiler.kernels.decided_kernel import PROBE_ERROR
+from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR
 from adaattn_compiler.kernels.envelope import names
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.choices import SiteKey
@@ -57,7 +57,7 @@ _MOST_WEIGHED_HEADS = 128
 _WEIGHING_BATCHES = 2
 # The error at which a head's weight is measured, about.
 _WEIGHING_ERROR = 0.05
-_PROBED_ROWS, _PROBED_TURNS = 4, 4
+_AUDITED_ROWS, _AUDITED_TURNS = 4, 16
 # Room beyond what calibration saw: of the statistics of inputs; of errors.
 _ROOM, _ERROR_ROOM, _LEAST_BUDGET = 2.0, 3.0, 0.005
 
@@ -194,7 +194,7 @@ class _Run:
             )
         selection = self._selected(sites)
         outcome = self._outcome(selection, sites)
-        largest = self._probed(selection, sites)
+        largest = self._audited(selection, sites)
         policy = Policy(
             tuple(
                 self._site(site, selection[key], largest.get(key)) for key, site in sites.items()
@@ -276,16 +276,16 @@ class _Run:
         limit = math.log1p(self.limit)
         return max(outcome.nll, 0.0) + 2 * outcome.nll_error <= limit and outcome.kl <= limit
 
-    def _probed(
+    def _audited(
         self, selection: Selection, sites: Mapping[SiteKey, SiteMeasurements]
     ) -> dict[SiteKey, torch.Tensor]:
-        probing = Probing(decisions(selection, sites), _PROBED_ROWS, _PROBED_TURNS)
+        auditing = Auditing(decisions(selection, sites), _AUDITED_ROWS, _AUDITED_TURNS)
         own = self.ranks.own(self.batches)
         for i, (args, kwargs) in enumerate(own):
             self.progress("drawing envelopes", i, len(own))
-            self.board.run(args, kwargs, probing)
+            self.board.run(args, kwargs, auditing)
         largest: dict[SiteKey, torch.Tensor] = {}
-        for found in self.ranks.gather(probing.largest):
+        for found in self.ranks.gather(auditing.largest):
             for key, error in found.items():
                 largest[key] = torch.maximum(largest.get(key, error), error)
         return largest
@@ -304,7 +304,7 @@ class _Run:
     # -- what is written -----------------------------------------------------------------------
 
     def _site(
-        self, site: SiteMeasurements, chosen: tuple[int, ...], probed: torch.Tensor | None
+        self, site: SiteMeasurements, chosen: tuple[int, ...], audited: torch.Tensor | None
     ) -> SitePolicy:
         heads = range(_heads(site))
         p99, mean = site.p99(), site.mean()
@@ -330,7 +330,7 @@ class _Run:
             shape.value_dim,
             str(site.problem.dtype).removeprefix("torch."),
             SiteDecision(tuple(site.candidates[c] for c in chosen)),
-            _envelope(site, probed, budgets),
+            _envelope(site, audited, budgets),
             budgets,
             errors,
             seconds,
@@ -365,7 +365,7 @@ def _heads(site: SiteMeasurements) -> int:
 
 
 def _envelope(
-    site: SiteMeasurements, probed: torch.Tensor | None, budgets: Sequence[float]
+    site: SiteMeasurements, audited: torch.Tensor | None, budgets: Sequence[float]
 ) -> Envelope:
     assert site.low is not None
     assert site.high is not None
@@ -373,11 +373,11 @@ def _envelope(
         name: tuple(_widened(name, float(a), float(b)) for a, b in zip(low, high, strict=True))
         for name, low, high in zip(names(), site.low, site.high, strict=True)
     }
-    if probed is not None:
+    if audited is not None:
         limits = (
-            max(_ROOM * float(seen), budget) for seen, budget in zip(probed, budgets, strict=True)
+            max(_ROOM * float(seen), budget) for seen, budget in zip(audited, budgets, strict=True)
         )
-        statistics[PROBE_ERROR] = tuple(Range(0.0, limit) for limit in limits)
+        statistics[AUDIT_ERROR] = tuple(Range(0.0, limit) for limit in limits)
     # Shorter texts leave less out; longer ones were not seen.
     return Envelope(
         Range(max(min(site.rows) // 2, 1), max(site.rows)),

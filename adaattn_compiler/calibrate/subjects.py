@@ -117,6 +117,7 @@ def _transformers() -> Any:
         raise Fault(
             "--hf needs transformers: pip install 'adaattn-compiler[hf]'", is_usage=False
         ) from None
+    transformers.utils.logging.disable_progress_bar()  # calibration has its own
     return transformers
 
 

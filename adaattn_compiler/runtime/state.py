@@ -14,7 +14,7 @@ import torch
 
 class Column(enum.IntEnum):
     """calls: batch items seen. as_decided: of these, computed as decided. left_envelope and
-    failed_probe: of the others, why exactly. audits: calls whose rows were compared. wrong, whole:
+    failed_audit: of the others, why exactly. audits: calls whose rows were compared. wrong, whole:
     moving averages of |given - exact|^2 and |exact|^2, summed over the compared rows. worst: the
     largest relative error of one call. demoted: 1 where the head is computed exactly from then on.
     """
@@ -22,7 +22,7 @@ class Column(enum.IntEnum):
     CALLS = 0
     AS_DECIDED = 1
     LEFT_ENVELOPE = 2
-    FAILED_PROBE = 3
+    FAILED_AUDIT = 3
     AUDITS = 4
     WRONG = 5
     WHOLE = 6
@@ -43,7 +43,7 @@ class HeadStats:
     calls: int
     as_decided: int
     left_envelope: int
-    failed_probe: int
+    failed_audit: int
     audits: int
     error: float | None
     worst: float | None
@@ -62,7 +62,7 @@ def _head(row: list[float]) -> HeadStats:
         calls=int(row[Column.CALLS]),
         as_decided=int(row[Column.AS_DECIDED]),
         left_envelope=int(row[Column.LEFT_ENVELOPE]),
-        failed_probe=int(row[Column.FAILED_PROBE]),
+        failed_audit=int(row[Column.FAILED_AUDIT]),
         audits=audits,
         error=error if audits else None,
         worst=row[Column.WORST] if audits else None,

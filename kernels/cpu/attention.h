@@ -59,7 +59,7 @@ static Status forward(const Call& call) {
 // In floats, or in bfloat16 where the machine has it and the tensors are, or the plan asks for it.
 static Status attention(const Call& call) {
   // Not where a backward pass follows: it computes the same products in the same order.
-  const bool few = call.rows <= kFewRows && !call.statistics;
+  const bool few = call.places || (call.rows <= kFewRows && !call.statistics);
   if (!few) return forward(call);
   // Whatever the plan says of precision and of skipping: to be exact is always allowed, and what takes
   // the time here is reading keys and values.

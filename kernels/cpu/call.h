@@ -43,6 +43,13 @@ struct Call {
   int64_t* skipped;  // [B, H], added to: how often a row has skipped a block of keys; may be null
   int64_t threads;
   uint64_t seed;  // of dropout
+
+  // An audit: only these rows are computed, exactly, and compared with what `out` holds of them;
+  // null: it is no audit. compared [B, H, 2] is added to: the sums over the rows of
+  // |out - exact|^2 and |exact|^2.
+  const int64_t* places;
+  int64_t place_count;
+  double* compared;
 };
 
 enum Mode : int32_t { kScoresInBfloat16 = 1, kValuesInBfloat16 = 2 };
@@ -74,7 +81,7 @@ struct BackwardCall {
   const OperandGradient* gradients;  // one for each operand; null where nobody asks for any
 };
 
-static_assert(sizeof(Call) == 40 * 8 && sizeof(BackwardCall) == (40 + 17) * 8 &&
+static_assert(sizeof(Call) == 43 * 8 && sizeof(BackwardCall) == (43 + 17) * 8 &&
                   sizeof(Operand) == 5 * 8 && sizeof(OperandGradient) == 6 * 8,
               "all members are of 64 bits");
 

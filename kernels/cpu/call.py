@@ -61,7 +61,7 @@ class Arguments:
     q, k, v, out: [B,heads,length,dim], each with 1 as its last stride. params: the spec's numbers.
     seed: of dropout. Of each row, contiguous or None: lse [B,H,M], statistics [B,H,M,2] (the
     largest score, the sum of exp(score - largest)), both float32; skipped [B,H], int64, is added
-    to: how often a row has left out a block of keys.
+    to: how often a row has left out a block of keys. places, compared: of an audit (`audit`).
     """
 
     q: torch.Tensor
@@ -75,13 +75,32 @@ class Arguments:
     lse: torch.Tensor | None = None
     statistics: torch.Tensor | None = None
     skipped: torch.Tensor | None = None
+    places: Sequence[int] = ()
+    compared: torch.Tensor | None = None
 
 
 def forward(compiled: ctypes.CDLL, arguments: Arguments) -> int:
     """The status of the forward pass; out, and of the rest what is there, are written."""
     # Arrays that others point to stay until the call returns.
     operands, params = _operands_of(arguments.operands), _row_of(arguments.params)
-    return int(compiled.attention_forward(_CALL.pack(*_call_of(arguments, operands, params))))
+    places = _row_of(arguments.places)
+    call = _call_of(arguments, operands, params, places)
+    return int(compiled.attention_forward(_CALL.pack(*call)))
+
+
+def guard(
+    compiled: ctypes.CDLL,
+    arguments: Arguments,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    flags: torch.Tensor,
+) -> None:
+    """Write flags, int32 [B,H]: whether the statistics of q, k and v are from low to high, float32
+    [9,H] each (guards.h)."""
+    none = _row_of(())
+    call = _CALL.pack(*_call_of(arguments, none, none, none))
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (low, high, flags))
+    compiled.attention_guard(call, *pointers)
 
 
 def backward(
@@ -101,11 +120,11 @@ def backward(
     wanted = any(grad is not None for grad in operand_grads)
     further = [number for tensor in (grad_out, *grads) for number in _tensor_of(tensor)]
     further.append(ctypes.addressof(gradients) if wanted else 0)
-    call = _CALL.pack(*_call_of(arguments, operands, params))
+    call = _CALL.pack(*_call_of(arguments, operands, params, _row_of(())))
     return int(compiled.attention_backward(call + struct.pack(f"{len(further)}q", *further)))
 
 
-_CALL = struct.Struct("39qQ")  # the seed has no sign
+_CALL = struct.Struct("39qQ3q")  # the seed has no sign
 _Row = ctypes.Array[ctypes.c_int64]
 
 
@@ -113,7 +132,7 @@ def _row_of(numbers: Sequence[int]) -> _Row:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _call_of(given: Arguments, operands: _Row, params: _Row) -> tuple[int, ...]:
+def _call_of(given: Arguments, operands: _Row, params: _Row, places: _Row) -> tuple[int, ...]:
     """Call."""
     return (
         *_tensor_of(given.q),
@@ -130,6 +149,9 @@ def _call_of(given: Arguments, operands: _Row, params: _Row) -> tuple[int, ...]:
         _address(given.skipped),
         torch.get_num_threads(),
         given.seed,
+        ctypes.addressof(places) if given.places else 0,
+        len(given.places),
+        _address(given.compared),
     )
 
 

@@ -1,12 +1,14 @@
 """Runs an attention on the CPU with each head as decided, or exactly where a guard says so.
 
 One launch for all heads: their block lists, precisions and thresholds are arguments of it
-(`Plan` of call.py), chosen by the flags of the call.
+(`Plan` of call.py), chosen by the flags of the call. Then some rows are audited; where a head is
+too far off, the call is repeated with that head exact.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,26 +17,28 @@ import sympy
 import torch
 
 from adaattn_compiler.decision import HeadDecision, Precision
+from adaattn_compiler.kernels.audit import audited_rows
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
-from adaattn_compiler.kernels.cpu.call import Plan
-from adaattn_compiler.kernels.cpu.runner import BLOCK, cpp_runner, lists_of
+from adaattn_compiler.kernels.cpu.call import SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16, Plan
+from adaattn_compiler.kernels.cpu.plans import BLOCK, lists_of
+from adaattn_compiler.kernels.cpu.runner import cpp_runner
 from adaattn_compiler.kernels.decided import DecidedPlan
-from adaattn_compiler.kernels.envelope import guard_statistics
 from adaattn_compiler.kernels.evaluate import evaluate_dense
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.patterns import kept_blocks
-from adaattn_compiler.kernels.probe import Probe, probe, probed_rows
 from adaattn_compiler.runtime.state import Column
 from adaattn_compiler.spec import Load, M, N, param
 from adaattn_compiler.spec import k as key
 from adaattn_compiler.spec import q as row
 
 _KEPT_LENGTHS = 16
+# Rows that the library audits at once.
+_ROWS_AT_ONCE = 8
 # Weight of what was before in the moving averages of audits; audits before a head may be demoted.
 _KEEP, _LEAST_AUDITS = 0.9, 4
 
 # Flags: what a head of a batch item does in a call.
-AS_DECIDED, LEFT_ENVELOPE, FAILED_PROBE, DEMOTED = 1, 0, -1, -2
+AS_DECIDED, LEFT_ENVELOPE, FAILED_AUDIT, DEMOTED = 1, 0, -1, -2
 
 
 @functools.cache
@@ -45,13 +49,12 @@ def decided_runner(plan: str) -> DecidedRunner:
 
 @dataclass(frozen=True)
 class _Lists:
-    """Block lists of one pair of lengths. offsets: [1,H,row blocks + 1], those of the exact heads
-    after those as decided; both are places in `blocks`. kept: bool [H, row blocks, key blocks]."""
+    """Block lists of one pair of lengths: offsets [1,H,row blocks + 1] of heads as decided and of
+    exact ones, both places in `blocks`; and the plan with all heads as decided."""
 
     decided: torch.Tensor
     exact: torch.Tensor
     blocks: torch.Tensor
-    kept: torch.Tensor
     all_decided: Plan
 
 
@@ -65,58 +68,24 @@ class DecidedRunner:
         mixed = self._base.made_for.mixed  # else tensors have few bits already
         modes = [_mode(head) if mixed else 0 for head in plan.heads]
         self._modes = torch.tensor([modes], dtype=torch.int32)
-        thresholds = [float("inf") if head.skip is None else head.skip for head in plan.heads]
-        self._skip = torch.tensor([thresholds]) if min(thresholds) < float("inf") else None
-        self._low, self._high = (torch.tensor(x)[:, None] for x in (plan.low, plan.high))
-        self._probed = any(head.pattern is not None for head in plan.heads)
-        # A bias of -inf may shut out what a pattern keeps.
-        self._may_be_empty = self._probed and self.spec.score.has(Load)
-        self._most_by_probe = torch.tensor([plan.probe])
-        self._budgets = torch.tensor(plan.budgets, dtype=torch.float64)
+        thresholds = [math.inf if head.skip is None else head.skip for head in plan.heads]
+        self._skip = torch.tensor([thresholds]) if min(thresholds) < math.inf else None
+        self._bounds = (torch.tensor(plan.low), torch.tensor(plan.high))
+        # A bias of -inf may shut out all that a pattern keeps.
+        patterns = any(head.pattern is not None for head in plan.heads)
+        self._may_be_empty = patterns and self.spec.score.has(Load)
         self._lists: Kept[_Lists] = Kept(_KEPT_LENGTHS)
         self._lock = threading.Lock()
 
     def check(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operands: Sequence[torch.Tensor],
-        params: Sequence[int],
-        state: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(flags int32 [B,H], probed rows int64 [R], those rows exactly, float32 [B,H,R,E])."""
-        flags = self._inside(guard_statistics(q, k, v))
-        at, found = self._probe(q, k, v, operands, params, int(state[0, Column.CALLS]))
-        if found is None:
-            exact = q.new_empty(*q.shape[:2], 0, v.shape[3], dtype=torch.float32)
-        else:
-            exact = found.exact
-            good = found.error <= self._most_by_probe  # NaN is not
-            flags = torch.where((flags > 0) & ~good, FAILED_PROBE, flags)
-        flags = torch.where(state[:, Column.DEMOTED] > 0, DEMOTED, flags)
-        return flags.to(torch.int32), torch.tensor(at, dtype=torch.int64), exact
-
-    def _inside(self, statistics: torch.Tensor) -> torch.Tensor:
-        inside = (statistics >= self._low) & (statistics <= self._high)
-        return inside.all(0).to(torch.int32)
-
-    def _probe(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operands: Sequence[torch.Tensor],
-        params: Sequence[int],
-        turn: int,
-    ) -> tuple[list[int], Probe | None]:
-        if self.plan.rows == 0:
-            return [], None
-        rows, columns = q.shape[2], k.shape[2]
-        at = probed_rows(rows, self.plan.rows, turn)
-        at += at[-1:] * (self.plan.rows - len(at))
-        kept = self._lists_of(rows, columns, params).kept if self._probed else None
-        return at, probe(q, k, v, operands, params, self.spec, at, kept)
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor
+    ) -> torch.Tensor:
+        """Flags, int32 [B,H]: AS_DECIDED, LEFT_ENVELOPE or DEMOTED."""
+        flags = self._base.guard(q, k, v, self._bounds)
+        demoted = [h for h, row in enumerate(state.tolist()) if row[Column.DEMOTED]]
+        if demoted:
+            flags[:, demoted] = DEMOTED
+        return flags
 
     def __call__(
         self,
@@ -126,36 +95,98 @@ class DecidedRunner:
         operands: Sequence[torch.Tensor],
         params: Sequence[int],
         flags: torch.Tensor,
-        at: torch.Tensor,
-        exact: torch.Tensor,
         state: torch.Tensor,
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; what happened is added to the state."""
-        out = None
-        if bool((flags == AS_DECIDED).any()):
-            out = self._as_decided(q, k, v, operands, params, flags == AS_DECIDED)
+        given = (q, k, v, operands, params)
+        out = self._computed(*given, flags)
         if out is None:
-            flags = flags.clamp(max=LEFT_ENVELOPE)
-            out = self._base(q, k, v, operands, params)
-        self._audit(out, flags, at, exact, state)
+            flags = flags.clamp(max=FAILED_AUDIT)
+            out = self._base(*given)
+        found, sums = flags.tolist(), None
+        if self.plan.rows and AS_DECIDED in (flag for item in found for flag in item):
+            sums = self._audited(*given, out, int(state[0, Column.CALLS])).tolist()
+        failed = False
+        for item, b_sums in zip(found, sums or (), strict=False):
+            for head, (wrong, whole) in enumerate(b_sums):
+                if item[head] == AS_DECIDED and not _error(wrong, whole) <= self.plan.limit[head]:
+                    item[head] = FAILED_AUDIT
+                    failed = True
+        if failed:
+            again = self._computed(*given, torch.tensor(found, dtype=torch.int32))
+            assert again is not None  # fewer heads have a pattern than before
+            out = again
+        with self._lock:
+            self._note(flags.tolist(), found, sums, state)
         return out
 
-    def _as_decided(
+    def _computed(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         operands: Sequence[torch.Tensor],
         params: Sequence[int],
-        which: torch.Tensor,
+        flags: torch.Tensor,
     ) -> torch.Tensor | None:
         """None where a pattern left a row without a key."""
+        which = flags == AS_DECIDED
+        if not bool(which.any()):
+            return self._base(q, k, v, operands, params)
         plan = self._plan(self._lists_of(q.shape[2], k.shape[2], params), which)
         if not self._may_be_empty:
-            return self._base(q, k, v, operands, params, plan)
+            return self._base(q, k, v, operands, params, plan, checked=True)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        out = self._base(q, k, v, operands, params, plan, lse=lse)
+        out = self._base(q, k, v, operands, params, plan, lse=lse, checked=True)
         return None if bool(torch.isneginf(lse).any()) else out
+
+    # -- audits --------------------------------------------------------------------------------
+
+    def _audited(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+        out: torch.Tensor,
+        turn: int,
+    ) -> torch.Tensor:
+        """The sums of |out - exact|^2 and |exact|^2 over the audited rows, float64 [B,H,2]."""
+        at = audited_rows(q.shape[2], self.plan.rows, turn)
+        parts = (at[i : i + _ROWS_AT_ONCE] for i in range(0, len(at), _ROWS_AT_ONCE))
+        sums = [self._base.audit(q, k, v, out, operands, params, part) for part in parts]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+    def _note(
+        self,
+        before: list[list[int]],
+        after: list[list[int]],
+        sums: list[list[list[float]]] | None,
+        state: torch.Tensor,
+    ) -> None:
+        """Count what the heads did, average their errors, demote those over their budgets."""
+        rows = state.tolist()
+        for head, values in enumerate(rows):
+            flags = [item[head] for item in after]
+            values[Column.CALLS] += len(flags)
+            values[Column.AS_DECIDED] += flags.count(AS_DECIDED)
+            values[Column.LEFT_ENVELOPE] += flags.count(LEFT_ENVELOPE)
+            values[Column.FAILED_AUDIT] += flags.count(FAILED_AUDIT)
+            if sums is not None:
+                # As decided, whether it stayed so or not.
+                pairs = [s[head] for s, item in zip(sums, before, strict=True) if item[head] > 0]
+                if pairs:
+                    _average(values, *(sum(part) for part in zip(*pairs, strict=True)))
+                    self._judge(values, self.plan.budgets[head])
+        state.copy_(torch.tensor(rows, dtype=torch.float64))
+
+    def _judge(self, values: list[float], budget: float) -> None:
+        error = _error(values[Column.WRONG], values[Column.WHOLE])
+        if values[Column.AUDITS] >= _LEAST_AUDITS and not error <= budget:
+            values[Column.DEMOTED] = 1.0
+
+    # -- lists ---------------------------------------------------------------------------------
 
     def _plan(self, lists: _Lists, as_decided: torch.Tensor) -> Plan:
         if bool(as_decided.all()):
@@ -164,7 +195,7 @@ class DecidedRunner:
         modes = torch.where(as_decided, self._modes, 0).to(torch.int32)
         skip = None
         if self._skip is not None:
-            skip = torch.where(as_decided, self._skip, float("inf"))
+            skip = torch.where(as_decided, self._skip, math.inf)
         return Plan(offsets, lists.blocks, modes=modes, skip=skip)
 
     def _lists_of(self, rows: int, columns: int, params: Sequence[int]) -> _Lists:
@@ -187,69 +218,37 @@ class DecidedRunner:
         decided = torch.cat(offsets[:-1], 1).to(torch.int32)
         exact = offsets[-1].to(torch.int32).expand_as(decided)
         every = Plan(decided, blocks, modes=self._modes, skip=self._skip)
-        return _Lists(decided, exact, blocks, kept, every)
+        return _Lists(decided, exact, blocks, every)
 
     def _sees_itself(self, rows: int, columns: int, params: Sequence[int]) -> bool:
         """Whether every row attends to the key at its own position, which every pattern keeps: if
         not, a pattern might leave a row without a key."""
-        at = row + (columns - rows)
-        sizes = {M: rows, N: columns, **{param(i): n for i, n in enumerate(params)}}
-        places = torch.arange(rows)
         if rows > columns:
             return False
-        mask = sympy.sympify(self.spec.mask).subs(key, at).subs(sizes)
-        seen = evaluate_dense(mask, {row: places}, (), partial=True)
+        sizes = {M: rows, N: columns, **{param(i): n for i, n in enumerate(params)}}
+        mask = sympy.sympify(self.spec.mask).subs(key, row + (columns - rows)).subs(sizes)
+        seen = evaluate_dense(mask, {row: torch.arange(rows)}, (), partial=True)
         return bool(torch.as_tensor(seen).all())
-
-    def _audit(
-        self,
-        out: torch.Tensor,
-        flags: torch.Tensor,
-        at: torch.Tensor,
-        exact: torch.Tensor,
-        state: torch.Tensor,
-    ) -> None:
-        """Count, compare the probed rows with what was computed, demote what is over its budget."""
-        seen = torch.zeros_like(state)
-        seen[:, Column.CALLS] = flags.shape[0]
-        pairs = (
-            (Column.AS_DECIDED, AS_DECIDED),
-            (Column.LEFT_ENVELOPE, LEFT_ENVELOPE),
-            (Column.FAILED_PROBE, FAILED_PROBE),
-        )
-        for column, flag in pairs:
-            seen[:, column] = (flags == flag).sum(0)
-        with self._lock:
-            if len(at):
-                self._compare(out[:, :, at], flags == AS_DECIDED, exact, state)
-            state += seen
-
-    def _compare(
-        self,
-        given: torch.Tensor,
-        as_decided: torch.Tensor,
-        exact: torch.Tensor,
-        state: torch.Tensor,
-    ) -> None:
-        chosen = as_decided[..., None, None]
-        wrong = torch.where(chosen, given.to(exact.dtype) - exact, 0).square().sum((0, 2, 3))
-        whole = torch.where(chosen, exact, 0).square().sum((0, 2, 3))
-        audited = as_decided.any(0)
-        first = state[:, Column.AUDITS] == 0
-        for column, value in ((Column.WRONG, wrong), (Column.WHOLE, whole)):
-            before = state[:, column]
-            mean = torch.where(first, value, _KEEP * before + (1 - _KEEP) * value)
-            state[:, column] = torch.where(audited, mean, before)
-        error = (wrong / whole.clamp(min=1e-30)).sqrt()
-        worst = state[:, Column.WORST]
-        state[:, Column.WORST] = torch.where(audited, torch.maximum(worst, error), worst)
-        state[:, Column.AUDITS] += audited
-        mean_error = (state[:, Column.WRONG] / state[:, Column.WHOLE].clamp(min=1e-30)).sqrt()
-        over = audited & ~(mean_error <= self._budgets)
-        over &= state[:, Column.AUDITS] >= _LEAST_AUDITS
-        state[:, Column.DEMOTED] = torch.maximum(state[:, Column.DEMOTED], over.double())
 
 
 def _mode(head: HeadDecision) -> int:
     """A head's bits of Mode (call.h)."""
-    return (head.scores == Precision.BF16) + 2 * (head.values == Precision.BF16)
+    scores = SCORES_IN_BFLOAT16 if head.scores == Precision.BF16 else 0
+    return scores | (VALUES_IN_BFLOAT16 if head.values == Precision.BF16 else 0)
+
+
+def _error(wrong: float, whole: float) -> float:
+    """Relative, of two sums; NaN stays NaN."""
+    if whole > 0:
+        return math.sqrt(wrong / whole)
+    return 0.0 if wrong == 0 else math.inf if wrong > 0 else math.nan
+
+
+def _average(values: list[float], wrong: float, whole: float) -> None:
+    """One audit more in a head's moving averages."""
+    first = values[Column.AUDITS] == 0
+    for column, value in ((Column.WRONG, wrong), (Column.WHOLE, whole)):
+        before = values[column]
+        values[column] = value if first else _KEEP * before + (1 - _KEEP) * value
+    values[Column.WORST] = max(values[Column.WORST], _error(wrong, whole))
+    values[Column.AUDITS] += 1

@@ -15,6 +15,10 @@ constexpr int kFewRows = 8;
 // Blocks of keys that a share has at least.
 constexpr int64_t kLeastShare = 4;
 
+// The rows of a call, as a number and by their places among the queries.
+static inline int64_t rows_of(const Call& call) { return call.places ? call.place_count : call.rows; }
+static inline int64_t row_at(const Call& call, int64_t i) { return call.places ? call.places[i] : i; }
+
 // What one share leaves of one row.
 struct Part {
   float largest, sum;
@@ -51,11 +55,11 @@ class FewRows {
 
   // Whether all queries are finite.
   bool start(const Call& call, int64_t batch, int64_t first_head, int64_t heads) {
-    batch_ = batch, first_head_ = first_head, heads_ = heads, rows_ = call.rows;
+    batch_ = batch, first_head_ = first_head, heads_ = heads, rows_ = rows_of(call);
     bool finite = true;
     std::memset(queries_, 0, sizeof queries_);
     for (int64_t row = 0; row < heads * rows_; ++row) {
-      const Number* query = row_of(call.q, batch, head_of(row), row % rows_);
+      const Number* query = row_of(call.q, batch, head_of(row), row_at(call, row % rows_));
       finite &= is_finite<kHeadDim>(query);
       pack_row<kHeadDim>(query, queries_[row]);
     }
@@ -150,11 +154,12 @@ class FewRows {
       for (int64_t key = 0; key < keys; ++key)
         bad |= (bits_of(scores_[row][key]) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
       finite &= bad == 0;
-      const float factor = finish_block(call, batch_, head_of(row), row % rows_, 1, block, masked,
-                                        scores_[row], kBlockKeys);
+      const float factor = finish_block(call, batch_, head_of(row), row_at(call, row % rows_), 1,
+                                        block, masked, scores_[row], kBlockKeys);
       alignas(64) float kept[kBlockKeys];
       if constexpr (kDropout > 0.0f) {
-        const int64_t place = (batch_ * call.heads + head_of(row)) * call.rows + row % rows_;
+        const int64_t place = (batch_ * call.heads + head_of(row)) * call.rows +
+                              row_at(call, row % rows_);
         dropout_row(row_of_numbers(call.seed, place), block * kBlockKeys, kBlockKeys, kDropout,
                     kept);
       }
@@ -232,6 +237,21 @@ class FewRows {
   RowState state_[kMostRows];
 };
 
+// What one row was computed as, beside what it is. Of a row without a key nothing can be said.
+static void compare(const Call& call, int64_t batch, int64_t head, int64_t row, float largest,
+                    float sum, const float* weighted) {
+  const float scale = with_sink(call, batch, head, row, largest, sum);
+  if (largest == -kInfinity) return;
+  const Number* given = row_of(call.out, batch, head, row);
+  double wrong = 0, whole = 0;
+  for (int e = 0; e < kValueDim; ++e) {
+    const double exact = weighted[e] * scale / sum, error = to_float(given[e]) - exact;
+    wrong += error * error, whole += exact * exact;
+  }
+  double* compared = call.compared + (batch * call.heads + head) * 2;
+  compared[0] += wrong, compared[1] += whole;
+}
+
 // Shares of one row become its result.
 static void join(const Call& call, int64_t batch, int64_t head, int64_t row, const Part* parts,
                  int64_t shares, int64_t stride) {
@@ -245,7 +265,10 @@ static void join(const Call& call, int64_t batch, int64_t head, int64_t row, con
     sum += scale * part.sum;
     for (int e = 0; e < kValueDim; ++e) out[e] += scale * part.out[e];
   }
-  finish_row(call, batch, head, row, largest, sum, out);
+  if (call.places)
+    compare(call, batch, head, row_at(call, row), largest, sum, out);
+  else
+    finish_row(call, batch, head, row, largest, sum, out);
 }
 
 // Of the query heads from `head` on those blocks of their list that any row attends to, and how many:
@@ -257,8 +280,8 @@ static int64_t attended_blocks(const Call& call, int64_t batch, int64_t head, in
     const int64_t key = block_of(list[i]) * kBlockKeys, rest = call.columns - key;
     alignas(64) int32_t attended[kBlockKeys] = {};
     for (int64_t at = 0; is_cut(list[i]) && at < (kMaskOfHead ? heads : 1); ++at)
-      for (int64_t row = 0; row < call.rows; ++row)
-        mark_attended(call, batch, head + at, row, key, rest < kBlockKeys ? rest : kBlockKeys,
+      for (int64_t row = 0; row < rows_of(call); ++row)
+        mark_attended(call, batch, head + at, row_at(call, row), key, rest < kBlockKeys ? rest : kBlockKeys,
                       attended);
     int32_t any = !is_cut(list[i]);
     for (int k = 0; k < kBlockKeys; ++k) any |= attended[k];
@@ -274,7 +297,7 @@ struct Shares {
       : together(call.list_head_stride == 0 ? kGroup : 1),
         groups(call.heads / together),
         all_groups(call.batch * groups),
-        rows(together * call.rows),
+        rows(together * rows_of(call)),
         longest(0) {
     for (int64_t group = 0; group < all_groups; ++group)
       if (length_of(call, group) > longest) longest = length_of(call, group);
@@ -330,9 +353,10 @@ static Status decode(const Call& call) {
       if (!finite) status.store(kNotFinite);
     }
   }
+  const int64_t each = rows_of(call);
   for (int64_t group = 0; group < work.all_groups && status.load() == kDone; ++group)
     for (int64_t row = 0; row < work.rows; ++row)
-      join(call, work.batch_of(group), work.head_of(group) + row / call.rows, row % call.rows,
+      join(call, work.batch_of(group), work.head_of(group) + row / each, row % each,
            parts.get() + group * work.shares * work.rows + row, work.shares, work.rows);
   return Status(status.load());
 }

@@ -71,9 +71,9 @@ static void fill_empty_row(const Call& call, int64_t batch, int64_t head, Number
   }
 }
 
-// The result of one row from its maximum, its sum and its weighted sum of values.
-static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t row, float largest,
-                       float sum, const float* weighted) {
+// The sink's part in a row's maximum and sum; what its weighted sum of values is to be multiplied by.
+static inline float with_sink(const Call& call, int64_t batch, int64_t head, int64_t row,
+                              float& largest, float& sum) {
   float scale = 1.0f;
 #if ADAATTN_HAS_SINK
   const float sink = sink_of(call, batch, head, row);
@@ -82,6 +82,13 @@ static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t ro
   sum = sum * scale + (sink == -kInfinity ? 0.0f : std::exp(sink - both));
   largest = both;
 #endif
+  return scale;
+}
+
+// The result of one row from its maximum, its sum and its weighted sum of values.
+static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t row, float largest,
+                       float sum, const float* weighted) {
+  const float scale = with_sink(call, batch, head, row, largest, sum);
   const int64_t place = (batch * call.heads + head) * call.rows + row;
   if (call.lse) call.lse[place] = largest == -kInfinity ? largest : largest + std::log(sum);
   if (call.statistics) {

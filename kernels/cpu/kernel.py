@@ -8,7 +8,8 @@ import torch
 
 from adaattn_compiler.kernels.blocks import block_structure, density
 from adaattn_compiler.kernels.cpu.library import CannotBuild, compiler, start_building
-from adaattn_compiler.kernels.cpu.runner import BLOCK, configuration_of, cpp_runner, plan_of
+from adaattn_compiler.kernels.cpu.plans import BLOCK
+from adaattn_compiler.kernels.cpu.runner import configuration_of, cpp_runner, plan_of
 from adaattn_compiler.kernels.cpu.source import gradient_source_of, source_of
 from adaattn_compiler.kernels.cpu.training import training_call
 from adaattn_compiler.kernels.printing import NoCode

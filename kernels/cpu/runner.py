@@ -6,26 +6,32 @@ import ast
 import ctypes
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 
 import sympy
 import torch
 
-from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
+from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.cpu.call import (
     DONE,
     NO_MEMORY,
     NOT_FINITE,
-    SCORES_IN_BFLOAT16,
-    VALUES_IN_BFLOAT16,
     Arguments,
     Plan,
     backward,
     forward,
+    guard,
 )
 from adaattn_compiler.kernels.cpu.dropout import dropped_by_hash
 from adaattn_compiler.kernels.cpu.library import library
+from adaattn_compiler.kernels.cpu.plans import (
+    BLOCK,
+    check_counts,
+    check_plan,
+    every_block,
+    lists_of,
+    with_plan,
+)
 from adaattn_compiler.kernels.cpu.source import (
     Configuration,
     gradient_operands,
@@ -36,10 +42,8 @@ from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import attention_by_rows, gradients_by_rows
 from adaattn_compiler.kernels.through_op import with_unit_stride
-from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, b, h, k, q
+from adaattn_compiler.spec import AttentionSpec
 
-# Rows and keys of a block (forward.h, pack.h).
-BLOCK = (64, 64)
 # Up to so many rows the library finds for itself which blocks are attended to (decode.h): a cache
 # that grows has another length in each call.
 _FEW_ROWS = 8
@@ -118,21 +122,23 @@ class CppRunner:
         lse: torch.Tensor | None = None,
         statistics: torch.Tensor | None = None,
         skipped: torch.Tensor | None = None,
+        checked: bool = False,
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; ValueError for tensors that it was not made for.
 
-        plan: other block lists, biases, precision and skipping than the spec's own. seed: of
-        dropout. lse, statistics, skipped: to be written (see Arguments).
+        plan: other block lists, biases, precision and skipping than the spec's own; checked:
+        whether it is known to fit. seed: of dropout. lse, statistics, skipped: to be written (see
+        Arguments).
         """
         self._check(q_BHMD, k_BGND, v_BGNE, operands)
         batch, heads, rows, _ = q_BHMD.shape
         given_plan = plan
         if plan is None:
             plan = self._forward_plan(rows, k_BGND.shape[2], params)
-        else:
-            _check_plan(plan, (batch, heads, rows, k_BGND.shape[2]), self.made_for.mixed)
+        elif not checked:
+            check_plan(plan, (batch, heads, rows, k_BGND.shape[2]), self.made_for.mixed)
         if skipped is not None:
-            _check_counts(skipped, (batch, heads))
+            check_counts(skipped, (batch, heads))
             skipped.zero_()
         out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
         arguments = Arguments(
@@ -156,12 +162,51 @@ class CppRunner:
             spec, extra = self.spec, list(operands)
             if given_plan is not None:
                 sizes = (rows, k_BGND.shape[2])
-                spec, extra = _with_plan(spec, extra, given_plan, sizes)
+                spec, extra = with_plan(spec, extra, given_plan, sizes)
             dropped = dropped_by_hash(spec.dropout_p, seed, rows)
             return attention_by_rows(
                 q_BHMD, k_BGND, v_BGNE, extra, params, spec, lse=lse, dropped=dropped
             )
         return out
+
+    def guard(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Whether the statistics of q, k and v are within bounds: int32 [B,H]. bounds: low and
+        high, contiguous float32 [9,H] (kernels/envelope.py)."""
+        self._check(q, k, v, None)
+        flags = torch.zeros(q.shape[:2], dtype=torch.int32)
+        if q.numel() and k.numel():
+            q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
+            low, high = bounds
+            given = Arguments(q, k, v, q, (), (), self._every_plan(k.shape[2]))
+            guard(self._library, given, low, high, flags)
+        return flags
+
+    def audit(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+        places: Sequence[int],
+    ) -> torch.Tensor:
+        """The sums of |out - exact|^2 and |exact|^2 over some query rows, float64 [B,H,2].
+
+        out: [B,H,M,E], as some plan made it. places: at most eight rows. Rows without a key count
+        as right; where something is not finite the sums are NaN.
+        """
+        self._check(q, k, v, operands)
+        assert out.stride(-1) == 1
+        assert 0 < len(places) <= _FEW_ROWS
+        sums = torch.zeros(*out.shape[:2], 2, dtype=torch.float64)
+        q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
+        plan = self._every_plan(k.shape[2])
+        stored = self._stored(operands)
+        given = Arguments(q, k, v, out, stored, params, plan, places=places, compared=sums)
+        return sums if _is_done(forward(self._library, given)) else sums.fill_(float("nan"))
 
     @functools.cached_property
     def differentiable(self) -> frozenset[int]:
@@ -229,9 +274,13 @@ class CppRunner:
     def _forward_plan(self, rows: int, columns: int, params: Sequence[int]) -> Plan:
         if rows > _FEW_ROWS:
             return self._exact_plan(rows, columns, params)
+        return self._every_plan(columns)
+
+    def _every_plan(self, columns: int) -> Plan:
+        """For few rows: every key, for the library to see which are attended to."""
         blocks = -(-columns // BLOCK[1])
         masked = self.spec.mask != sympy.true
-        return self._plans.get(blocks, lambda: Plan(*_every_block(blocks, masked)))
+        return self._plans.get(blocks, lambda: Plan(*every_block(blocks, masked)))
 
     def _exact_plan(self, rows: int, columns: int, params: Sequence[int]) -> Plan:
         """The lists of the spec's own mask."""
@@ -246,9 +295,12 @@ class CppRunner:
         q_BHMD: torch.Tensor,
         k_BGND: torch.Tensor,
         v_BGNE: torch.Tensor,
-        operands: Sequence[torch.Tensor],
+        operands: Sequence[torch.Tensor] | None,
     ) -> None:
-        """The library checks nothing: what it was not made for would read wild memory."""
+        """The library checks nothing: what it was not made for would read wild memory.
+
+        operands: None where they are not read.
+        """
         head_dim, value_dim = self.made_for.head_dim, self.made_for.value_dim
         batch, heads, rows = q_BHMD.shape[:3]
         group, columns = heads // self.spec.group, k_BGND.shape[2]
@@ -265,42 +317,13 @@ class CppRunner:
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the kernel was made for "
                     f"{self._dtype} {shape}"
                 )
+        if operands is None:
+            return
         if len(operands) != len(self.spec.operands):
             raise ValueError(f"{len(operands)} operands instead of {len(self.spec.operands)}")
         for operand, kind in zip(operands, self.spec.operands, strict=True):
             if operand.dim() != kind.rank:
                 raise ValueError(f"an operand of {operand.dim()} axes instead of {kind.rank}")
-
-
-def _with_plan(
-    spec: AttentionSpec, operands: list[torch.Tensor], plan: Plan, sizes: tuple[int, int]
-) -> tuple[AttentionSpec, list[torch.Tensor]]:
-    """A spec and operands that say what a plan adds: its blocks as a mask, its bias by key."""
-    allowed = _attended(plan, sizes)
-    at = len(operands)
-    lead = [axis if size > 1 else 0 for axis, size in zip((b, h), allowed.shape, strict=False)]
-    mask = sympy.And(spec.mask, sympy.Ne(Load(at, *lead, q, k), 0))
-    score, kinds, found = spec.score, [OperandSpec("bool", 4)], [allowed]
-    if plan.key_bias is not None:
-        shape = plan.key_bias.shape
-        lead = [axis if size > 1 else 0 for axis, size in zip((b, h), shape, strict=False)]
-        score = score + Load(at + 1, *lead, k)
-        kinds.append(OperandSpec("float", 3))
-        found.append(plan.key_bias)
-    added = dataclasses.replace(spec, mask=mask, score=score, operands=(*spec.operands, *kinds))
-    return added, [*operands, *found]
-
-
-def _attended(plan: Plan, sizes: tuple[int, int]) -> torch.Tensor:
-    """Which keys a plan's lists let each row see: bool [B|1, H|1, M, N]."""
-    batch, heads, ends = plan.offsets.shape
-    allowed = torch.zeros(batch, heads, ends - 1, -(-sizes[1] // BLOCK[1]), dtype=torch.bool)
-    for place, lists in enumerate(plan.offsets.flatten(0, 1).tolist()):
-        for row, (start, end) in enumerate(itertools.pairwise(lists)):
-            blocks = plan.blocks[start:end].long() >> 1
-            allowed[place // heads, place % heads, row, blocks] = True
-    wide = allowed.repeat_interleave(BLOCK[0], 2).repeat_interleave(BLOCK[1], 3)
-    return wide[:, :, : sizes[0], : sizes[1]]
 
 
 def _is_done(status: int) -> bool:
@@ -320,84 +343,3 @@ def _gradient_copies(operand: torch.Tensor) -> torch.Tensor:
     if operand.numel() > _COPIED_ELEMENTS:
         return torch.zeros(1, *operand.shape)
     return torch.zeros(torch.get_num_threads(), *operand.shape, dtype=torch.float64)
-
-
-def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offsets, blocks) of a Plan, for every batch item and head alike."""
-    seen = structure.partial | structure.full
-    counts = seen.sum(-1, dtype=torch.int32)
-    offsets = torch.zeros(1, 1, len(counts) + 1, dtype=torch.int32)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[0, 0, 1:])
-    row, column = seen.nonzero(as_tuple=True)
-    return offsets, (2 * column + structure.partial[row, column]).to(torch.int32)
-
-
-def _every_block(blocks: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offsets, blocks) of a Plan for one block of rows that may meet every key."""
-    offsets = torch.tensor([[[0, blocks]]], dtype=torch.int32)
-    return offsets, torch.arange(int(masked), 2 * blocks, 2, dtype=torch.int32)
-
-
-def _check_plan(plan: Plan, sizes: tuple[int, int, int, int], mixed: bool) -> None:
-    """ValueError where a plan does not fit a call."""
-    batch, heads, rows, columns = sizes
-    if plan.modes is not None:
-        _check_modes(plan.modes, (batch, heads), mixed)
-    if plan.skip is not None:
-        _check_of_heads("skip", plan.skip, torch.float32, (batch, heads))
-        if not bool((plan.skip > 0).all()):
-            raise ValueError("skip must be above 0 for every head (inf: nothing is skipped)")
-    lists, blocks, bias = plan.offsets, plan.blocks, plan.key_bias
-    row_blocks, key_blocks = -(-rows // BLOCK[0]), -(-columns // BLOCK[1])
-    lead = lists.shape[0] in (1, batch) and lists.shape[1] in (1, heads)
-    if lists.dtype != torch.int32 or lists.stride(-1) != 1 or not lead:
-        raise ValueError(
-            f"offsets {lists.dtype} {tuple(lists.shape)}: int32 [B|1, H|1, blocks + 1]"
-        )
-    if lists.shape[2] != row_blocks + 1:
-        raise ValueError(f"{lists.shape[2]} offsets for {row_blocks} blocks of query rows")
-    if (
-        bool((lists.diff(dim=-1) < 0).any())
-        or int(lists.min()) < 0
-        or int(lists.max()) > len(blocks)
-    ):
-        raise ValueError(f"offsets must ascend within the {len(blocks)} blocks")
-    if blocks.dtype != torch.int32 or blocks.dim() != 1 or not blocks.is_contiguous():
-        raise ValueError(f"blocks {blocks.dtype} {tuple(blocks.shape)}: a contiguous int32 vector")
-    if len(blocks) and not 0 <= int(blocks.min()) <= int(blocks.max()) < 2 * key_blocks:
-        raise ValueError(f"blocks must be below {2 * key_blocks}, twice the number of key blocks")
-    if bias is not None:
-        lead = bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
-        if bias.dtype != torch.float32 or not lead or bias.shape[2] != columns:
-            raise ValueError(f"key_bias {bias.dtype} {tuple(bias.shape)}: float32 [B|1, H|1, N]")
-        if bias.stride(2) != 1:
-            raise ValueError(f"key_bias has {bias.stride(2)} as its last stride: 1")
-
-
-def _check_modes(modes: torch.Tensor, heads: tuple[int, int], mixed: bool) -> None:
-    _check_of_heads("modes", modes, torch.int32, heads)
-    every = SCORES_IN_BFLOAT16 | VALUES_IN_BFLOAT16
-    if modes.numel() and not 0 <= int(modes.min()) <= int(modes.max()) <= every:
-        raise ValueError(f"modes from {int(modes.min())} to {int(modes.max())}: 0 to {every}")
-    if not mixed and bool(modes.any()):
-        raise ValueError("bfloat16 in a plan: the kernel was not made for mixed precision")
-
-
-def _check_of_heads(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, heads: tuple[int, int]
-) -> None:
-    """ValueError unless there is one element for each head, or one that some share."""
-    fits = tensor.dim() == 2 and all(
-        size in (1, whole) for size, whole in zip(tensor.shape, heads, strict=True)
-    )
-    if tensor.dtype != dtype or not fits or tensor.device.type != "cpu":
-        wanted = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)}: {wanted} [B|1, H|1]")
-
-
-def _check_counts(skipped: torch.Tensor, heads: tuple[int, int]) -> None:
-    fits = skipped.shape == heads and skipped.is_contiguous() and skipped.device.type == "cpu"
-    if skipped.dtype != torch.int64 or not fits:
-        raise ValueError(
-            f"skipped {skipped.dtype} {tuple(skipped.shape)}: contiguous int64 {heads}"
-        )

@@ -56,7 +56,7 @@ def source_of(made_for: Configuration) -> str:
         _score_row(made_for),
         _attended(made_for),
         _sink(made_for),
-        '#include "attention.h"',
+        '#include "attention.h"\n#include "guards.h"',
         _FORWARD,
     )
 
@@ -294,6 +294,11 @@ def _function(head: str, lines: list[str]) -> str:
 
 _FORWARD = """extern "C" int64_t attention_forward(const Call* call) {
   return attention(*call);
+}
+
+extern "C" void attention_guard(const Call* call, const float* low, const float* high,
+                                int32_t* flags) {
+  guard(*call, low, high, flags);
 }"""
 
 _BACKWARD = """extern "C" int64_t attention_backward(const BackwardCall* backward) {

@@ -106,11 +106,11 @@ def test_a_batch_item_of_another_kind_does_not_change_the_others() -> None:
 def test_a_pattern_that_does_not_do_is_found_before_the_call() -> None:
     """The second head looks everywhere: a window is far off, on any rows that are probed."""
     model, x = stack(depth=1), inputs()
-    policy = policy_for(Seen(model, x), WINDOWS, probe=0.05)
+    policy = policy_for(Seen(model, x), WINDOWS, limit=0.05)
     fast = compiled(model, policy)
     out = run(fast, x)
     first, second = adaattn_compiler.stats(model).sites[0].heads
-    assert (first.as_decided, second.failed_probe) == (1, 1)
+    assert (first.as_decided, second.failed_audit) == (1, 1)
     torch.testing.assert_close(out[..., 16:], exact(model, x)[..., 16:], rtol=0, atol=1e-6)
 
 

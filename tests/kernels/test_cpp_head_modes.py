@@ -20,7 +20,8 @@ from adaattn_compiler.kernels.cpu.call import (
     VALUES_IN_BFLOAT16,
     Plan,
 )
-from adaattn_compiler.kernels.cpu.runner import BLOCK, CppRunner, cpp_runner, plan_of
+from adaattn_compiler.kernels.cpu.plans import BLOCK
+from adaattn_compiler.kernels.cpu.runner import CppRunner, cpp_runner, plan_of
 from adaattn_compiler.kernels.problem import Problem, Shape
 from adaattn_compiler.kernels.reference import reference_attention, skipping_attention
 from adaattn_compiler.spec import (

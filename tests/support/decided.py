@@ -86,7 +86,7 @@ def policy_for(
     *,
     budget: float = 0.1,
     room: float = 1.5,
-    probe: float | None = None,
+    limit: float | None = None,
     statistics: Mapping[str, tuple[Range, ...]] | None = None,
 ) -> Policy:
     """The same decisions for every site that was seen, inside of what was seen, with some room."""
@@ -105,8 +105,8 @@ def policy_for(
             )
             for name, low, high in zip(names(), found.amin(1), found.amax(1), strict=True)
         }
-        if probe is not None:
-            ranges["probe_error"] = (Range(0, probe),) * shape.heads
+        if limit is not None:
+            ranges["audit_error"] = (Range(0, limit),) * shape.heads
         lengths = Range(q.shape[2] // 2, q.shape[2])
         sites.append(
             SitePolicy(

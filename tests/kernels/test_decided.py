@@ -1,0 +1,275 @@
+"""The runner and the ops of attentions that are computed as decided."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import sympy
+import torch
+from specs import SPECS, problem_of, random_inputs
+
+from adaattn_compiler.decision import (
+    EXACT,
+    HeadDecision,
+    Pattern,
+    Pooling,
+    Precision,
+    Selection,
+)
+from adaattn_compiler.kernels.cpu.decided import AS_DECIDED, DecidedRunner, decided_runner
+from adaattn_compiler.kernels.cpu.runner import cpp_runner, plan_of
+from adaattn_compiler.kernels.decided import DecidedPlan
+from adaattn_compiler.kernels.decided_kernel import decision_refusal
+from adaattn_compiler.kernels.envelope import guard_statistics, names
+from adaattn_compiler.kernels.patterns import pattern_blocks
+from adaattn_compiler.kernels.problem import Problem
+from adaattn_compiler.kernels.reference import reference_attention
+from adaattn_compiler.runtime.state import Column, head_stats, new_state
+from adaattn_compiler.spec import Load, OperandSpec
+from adaattn_compiler.spec import k as key
+from adaattn_compiler.spec import q as row
+
+WINDOW = HeadDecision(pattern=Pattern(0))
+BF16 = HeadDecision(scores=Precision.BF16, values=Precision.BF16)
+MIXED = (EXACT, WINDOW, BF16, dataclasses.replace(BF16, pattern=Pattern(0)))
+# Specs whose masks the input does not decide.
+STATIC = sorted(name for name, (spec, _, _) in SPECS.items() if not spec.masks_by_data)
+
+
+def plan_for(
+    problem: Problem, heads: tuple[HeadDecision, ...] = MIXED, **fields: object
+) -> DecidedPlan:
+    """A plan that no guard stops, but for what `fields` say."""
+    open_low = ((-math.inf,) * len(heads),) * len(names())
+    open_high = ((math.inf,) * len(heads),) * len(names())
+    base = plan_of(problem, mixed=problem.dtype == torch.float32)
+    limit = (math.inf,) * len(heads)
+    plan = DecidedPlan(base, heads, open_low, open_high, limit, limit, 4)
+    return dataclasses.replace(plan, **fields)
+
+
+def flags_of(problem: Problem, value: int = AS_DECIDED) -> torch.Tensor:
+    return torch.full((problem.shape.hints[0], problem.shape.heads), value, dtype=torch.int32)
+
+
+def by_head(problem: Problem, heads: tuple[HeadDecision, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Each head by the oracle on the blocks that it keeps, whatever its precision."""
+    (q, k, v), operands = random_inputs(problem)
+    rows, columns = q.shape[2], k.shape[2]
+    out = []
+    for head, decision in enumerate(heads):
+        kept = torch.ones(rows, columns, dtype=torch.bool)
+        if decision.pattern is not None:
+            blocks = pattern_blocks(decision.pattern, rows, columns)
+            kept = blocks.repeat_interleave(64, 0).repeat_interleave(64, 1)[:rows, :columns]
+        out.append(_masked(problem, (q, k, v), operands, kept, dtype)[:, head])
+    return torch.stack(out, 1)
+
+
+def _masked(
+    problem: Problem,
+    qkv: tuple[torch.Tensor, ...],
+    operands: list[torch.Tensor],
+    kept: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The oracle where only the kept keys are met."""
+    spec = problem.spec
+    at = len(spec.operands)
+    mask = sympy.And(spec.mask, sympy.Ne(Load(at, row, key), 0))
+    spec = dataclasses.replace(spec, mask=mask, operands=(*spec.operands, OperandSpec("bool", 2)))
+    wide = [tensor.to(dtype) for tensor in qkv]
+    extra = [o.to(dtype) if o.is_floating_point() else o for o in operands]
+    return reference_attention(*wide, [*extra, kept], problem.param_hints, spec)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_each_head_is_computed_as_decided(name: str) -> None:
+    problem = problem_of(name, rows=90, columns=90)
+    heads = (EXACT, WINDOW, EXACT, WINDOW)
+    tensors, operands = random_inputs(problem)
+    runner = DecidedRunner(plan_for(problem, heads))
+    state = new_state(4)
+    out = runner(*tensors, operands, problem.param_hints, flags_of(problem), state)
+    if not runner._sees_itself(90, 90, problem.param_hints):
+        heads = (EXACT,) * 4
+    true = by_head(problem, heads, torch.float64)
+    eager = by_head(problem, heads, torch.float32)
+    assert torch.equal(out.isnan(), true.isnan())
+    wrong, allowed = (out - true).nan_to_num().abs().max(), (eager - true).nan_to_num().abs().max()
+    assert wrong <= 2 * allowed + 1e-6
+
+
+def test_precision_is_by_head() -> None:
+    problem = problem_of("gqa")
+    tensors, operands = random_inputs(problem)
+    runner = DecidedRunner(plan_for(problem))
+    out = runner(*tensors, operands, (), flags_of(problem), new_state(4))
+    true = by_head(problem, MIXED, torch.float64)
+    errors = ((out - true).square().sum((0, 2, 3)) / true.square().sum((0, 2, 3))).sqrt()
+    assert bool((errors[:2] < 1e-6).all())
+    if torch.cpu._is_avx512_bf16_supported():
+        assert bool((errors[2:] > 1e-4).all())
+    assert bool((errors[2:] < 0.02).all())
+
+
+def test_heads_whose_flag_is_not_set_are_exact_to_the_bit() -> None:
+    problem = problem_of("gqa")
+    tensors, operands = random_inputs(problem)
+    runner = DecidedRunner(plan_for(problem))
+    flags = torch.tensor([[1, 0, 1, 0], [-1, 1, -2, 1]], dtype=torch.int32)
+    out = runner(*tensors, operands, (), flags, new_state(4))
+    exact = cpp_runner(plan_of(problem))(*tensors, operands, ())
+    every = runner(*tensors, operands, (), flags_of(problem), new_state(4))
+    chosen = (flags > 0)[..., None, None]
+    assert torch.equal(torch.where(chosen, 0.0, out), torch.where(chosen, 0.0, exact))
+    assert torch.equal(torch.where(chosen, out, 0.0), torch.where(chosen, every, 0.0))
+
+
+@pytest.mark.parametrize("name", [*STATIC, "padding"])
+def test_audits_see_the_error_of_their_rows(name: str) -> None:
+    problem = problem_of(name)
+    tensors, operands = random_inputs(problem)
+    base = cpp_runner(plan_of(problem))
+    exact = base(*tensors, operands, problem.param_hints)
+    out = exact + 0.1 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
+    at = [20, 40, 64, 89]
+    sums = base.audit(*tensors, out, operands, problem.param_hints, at)
+    clean = base.audit(*tensors, exact, operands, problem.param_hints, at)
+    rows = exact[:, :, at].double()
+    has_key = rows.isfinite() & (rows != 0)
+    wrong = torch.where(has_key, out[:, :, at].double() - rows, 0).square().sum((2, 3))
+    torch.testing.assert_close(sums[..., 0], wrong, rtol=1e-4, atol=0)
+    whole = torch.where(has_key, rows, 0).square().sum((2, 3))
+    torch.testing.assert_close(sums[..., 1], whole, rtol=1e-5, atol=0)
+    assert bool((clean[..., 0] <= 1e-10 * clean[..., 1]).all())
+
+
+def test_a_head_that_is_off_is_computed_exactly_in_the_same_call() -> None:
+    problem = problem_of("causal")
+    tensors, operands = random_inputs(problem)
+    runner = DecidedRunner(plan_for(problem, limit=(1e-3, 1e-3, 1.0, 1.0)))
+    state = new_state(4)
+    out = runner(*tensors, operands, (), flags_of(problem), state)
+    exact = cpp_runner(plan_of(problem))(*tensors, operands, ())
+    assert torch.equal(out[:, 1], exact[:, 1])
+    stats = head_stats(state)
+    assert [head.failed_audit for head in stats] == [0, 2, 0, 0]
+    assert [head.as_decided for head in stats] == [2, 0, 2, 2]
+    assert stats[1].worst is not None
+    assert stats[1].worst > 1e-3
+
+
+def test_moving_averages_are_those_of_the_sums() -> None:
+    problem = problem_of("causal")
+    tensors, operands = random_inputs(problem)
+    runner = DecidedRunner(plan_for(problem))
+    state, before = new_state(4), None
+    for turn in range(3):
+        runner(*tensors, operands, (), flags_of(problem), state)
+        assert bool((state[:, Column.AUDITS] == turn + 1).all())
+        assert bool((state[:, Column.CALLS] == 2 * (turn + 1)).all())
+        if turn == 0:
+            before = state[:, [Column.WRONG, Column.WHOLE]].clone()
+    assert before is not None
+    assert not torch.equal(before, state[:, [Column.WRONG, Column.WHOLE]])
+    assert 0.01 < (head_stats(state)[1].error or 0) < 10
+
+
+def test_a_bias_that_shuts_a_pattern_out_is_computed_exactly() -> None:
+    problem = problem_of("dense bias")
+    (q, k, v), (bias,) = random_inputs(problem)
+    bias[0, 1, 80, 64:] = -math.inf  # all that the window of row 80 keeps
+    runner = DecidedRunner(plan_for(problem, (EXACT, WINDOW, EXACT, EXACT)))
+    state = new_state(4)
+    out = runner(q, k, v, [bias], (), flags_of(problem), state)
+    assert torch.equal(out, cpp_runner(plan_of(problem))(q, k, v, [bias], ()))
+    assert [head.as_decided for head in head_stats(state)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(90, 90), (200, 300), (1, 70), (3, 3)])
+def test_the_librarys_statistics_are_those_of_torch(dtype, rows: int, columns: int) -> None:
+    problem = problem_of("gqa", dtype, rows=rows, columns=columns)
+    (q, k, v), _ = random_inputs(problem)
+    found = guard_statistics(q, k, v)
+    base = cpp_runner(plan_of(problem))
+    for factor, inside in ((1e-3, 1), (-1e-3, 0)):
+        slack = factor * found.abs() + math.copysign(1e-6, factor)
+        low, high = (found - slack)[:, 0].contiguous(), (found + slack)[:, 0].contiguous()
+        flags = base.guard(q[:1], k[:1], v[:1], (low, high))
+        assert flags.tolist() == [[inside] * 4]
+
+
+def test_one_statistic_out_of_its_range_is_enough() -> None:
+    problem = problem_of("gqa")
+    (q, k, v), _ = random_inputs(problem)
+    found = guard_statistics(q, k, v)
+    base = cpp_runner(plan_of(problem))
+    low, high = (found.amin(1) - 1).contiguous(), (found.amax(1) + 1).contiguous()
+    assert base.guard(q, k, v, (low, high)).tolist() == [[1] * 4] * 2
+    for statistic in range(len(names())):
+        narrow = high.clone()
+        narrow[statistic, 2] = low[statistic, 2]
+        assert base.guard(q, k, v, (low, narrow)).tolist() == [[1, 1, 0, 1]] * 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_in_no_envelope(value: float) -> None:
+    problem = problem_of("causal")
+    (q, k, v), _ = random_inputs(problem)
+    k[1, 2, 0, 3] = value
+    bounds = torch.full((9, 4), -1e30), torch.full((9, 4), 1e30)
+    flags = cpp_runner(plan_of(problem)).guard(q, k, v, bounds)
+    assert flags.tolist() == [[1] * 4, [1, 1, 0, 1]]
+
+
+def test_without_keys_nothing_is_as_decided() -> None:
+    problem = problem_of("plain", rows=4, columns=0)
+    (q, k, v), _ = random_inputs(problem)
+    bounds = torch.full((9, 4), -1e30), torch.full((9, 4), 1e30)
+    assert cpp_runner(plan_of(problem)).guard(q, k, v, bounds).sum() == 0
+
+
+def test_the_ops_are_as_torch_wants_them() -> None:
+    problem = problem_of("gqa")
+    tensors, operands = random_inputs(problem)
+    text = plan_for(problem).serialize()
+    state = new_state(4)
+    torch.library.opcheck(torch.ops.adaattn.check_envelope, (*tensors, state, text))
+    given = (*tensors, operands, [], flags_of(problem), state, text)
+    torch.library.opcheck(torch.ops.adaattn.attention_as_decided, given)
+
+
+def test_plans_survive_being_written() -> None:
+    heads = (
+        EXACT,
+        HeadDecision(pattern=Pattern(100, 3, (1, 2), 4), skip=8.0),
+        HeadDecision(selection=Selection(0.9, "antidiagonal", 128, 64)),
+        HeadDecision(pooling=Pooling(Pattern(64), 16), values=Precision.FP16),
+    )
+    plan = plan_for(problem_of("causal"), heads, budgets=(0.1, 1e-300, math.inf, 0.3))
+    assert DecidedPlan.deserialize(plan.serialize()) == plan
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "1", "{'a': 1}", '{"heads": [{"scores": 1}]}'])
+def test_text_that_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a plan by decisions"):
+        decided_runner(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "decision", "why"),
+    [
+        ("padding", WINDOW, "the mask depends on the input"),
+        ("causal padding nan", BF16, "cannot be audited"),
+        ("causal", HeadDecision(selection=Selection(0.9)), "chosen in each call"),
+        ("causal", HeadDecision(pooling=Pooling(Pattern(0), 8)), "means"),
+        ("causal", HeadDecision(scores=Precision.FP16), "fp32 and bf16"),
+    ],
+)
+def test_decisions_that_do_not_go_with_a_spec_are_refused(name, decision, why: str) -> None:
+    assert why in (decision_refusal(problem_of(name), (decision,)) or "")
+    assert decision_refusal(problem_of("causal"), (WINDOW, BF16, EXACT)) is None
