@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -56,10 +57,10 @@ class ScoredRows:
 
     def weights(self) -> torch.Tensor:
         """softmax, without the sink's column; zeros in a row without a key."""
-        _, weights, rest = exponentials(self.scores, self.sink)
-        total = weights.sum(-1, keepdim=True) + rest
+        found = exponentials(self.scores, self.sink)
+        total = found.weights.sum(-1, keepdim=True) + found.rest
         # Where there is a key or a sink, the largest of them is exp(0).
-        return weights.div_(total.masked_fill(total < 0.5, float("inf")))
+        return found.weights.div_(total.masked_fill(total < 0.5, float("inf")))
 
 
 def sampled_rows(rows: int, count: int, turn: int) -> list[int]:
@@ -71,20 +72,29 @@ def sampled_rows(rows: int, count: int, turn: int) -> list[int]:
     return [int((i + share) * rows / count) for i in range(count)]
 
 
-def exponentials(
-    scores: torch.Tensor, sink: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(scores - largest, exp of that, exp(sink - largest)); the last [..., 1], 0 without a sink.
+class Exponentials(NamedTuple):
+    """Of scores [..., N]: what softmax divides. The others are [..., 1].
 
-    Weights are at least exp(_FAINT), 1e-38: of masked keys, too, and in rows of nothing else.
+    most: the largest score; shifted: scores less the largest of them and the sink; weights: exp of
+    that; rest: the sink's, 0 without one; top: the weight of `most`. Weights are at least
+    exp(_FAINT), 1e-38: of masked keys, too, and in rows of nothing else.
     """
-    largest = scores.amax(-1, keepdim=True)
-    if sink is not None:
-        largest = torch.maximum(largest, sink)
+
+    shifted: torch.Tensor
+    weights: torch.Tensor
+    rest: torch.Tensor
+    most: torch.Tensor
+    top: torch.Tensor
+
+
+def exponentials(scores: torch.Tensor, sink: torch.Tensor | None = None) -> Exponentials:
+    """See Exponentials; sink: broadcasts to [..., 1]."""
+    most = scores.amax(-1, keepdim=True)
+    largest = most if sink is None else torch.maximum(most, sink)
     largest = largest.clamp(min=torch.finfo(scores.dtype).min)
     shifted = (scores - largest).clamp_(min=_FAINT)
     rest = torch.zeros_like(largest) if sink is None else torch.exp(sink - largest)
-    return shifted, shifted.exp(), rest
+    return Exponentials(shifted, shifted.exp(), rest, most, torch.exp(most - largest))
 
 
 def scored_rows(

@@ -124,12 +124,12 @@ def head_statistics(
 def _measures(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
     """[b,h,r] by name, to be read where "counted"; "sample": [b,h,r,_OF_A_ROW]."""
     scores, attended = scored.scores, scored.attended
-    shifted, weights, rest = exponentials(scores, scored.sink)
+    shifted, weights, *per_row = exponentials(scores, scored.sink)
+    rest, most, top = (values[..., 0] for values in per_row)
     blocks = _in_blocks(weights).sum(-1)
-    keys, rest = blocks.sum(-1), rest[..., 0]
+    keys = blocks.sum(-1)
     total = keys + rest
     # -sum p log p with p = weight / total; that of the sink is entr(rest).
-    largest = shifted.amax(-1).exp()
     sums = shifted.mul_(weights).sum(-1) - torch.special.entr(rest)
     entropy = total.log() - sums / total
     count = blocks.new_tensor(scores.shape[-1]) if attended is None else attended.counts[..., -1]
@@ -137,10 +137,10 @@ def _measures(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
     local_entropy, counted_locally = _local_entropy(scores, scored.diagonal)
     found = {
         "counted": count > 0,
-        "score_max": _largest_score(scores, scored),
+        "score_max": torch.maximum(most, -_least_score(scored)),
         "entropy": entropy,
         "entropy_normalized": torch.where(choices > 1, entropy / choices.log(), 0.0),
-        "saturation": largest / total,
+        "saturation": top / total,
         "top_block_mass": _top_block_mass(blocks, keys, attended),
         "global_entropy": torch.special.entr(blocks / keys[..., None]).sum(-1),
         "local_entropy": local_entropy,
@@ -157,10 +157,10 @@ def _in_blocks(weights: torch.Tensor) -> torch.Tensor:
     return padded.reshape(*padded.shape[:-1], -1, BLOCK)
 
 
-def _largest_score(scores: torch.Tensor, scored: ScoredRows) -> torch.Tensor:
+def _least_score(scored: ScoredRows) -> torch.Tensor:
     attended = scored.attended
-    high = scored.finite if attended is None else scored.finite - attended.drop
-    return torch.maximum(scores.amax(-1), -high.amin(-1))
+    finite = scored.finite if attended is None else scored.finite - attended.drop
+    return finite.amin(-1)
 
 
 def _top_block_mass(
@@ -186,7 +186,7 @@ def _local_entropy(
     inside = (places >= 0) & (places < scores.shape[-1])
     places = places.clamp(0, scores.shape[-1] - 1).expand(*scores.shape[:2], -1, -1)
     near = scores.gather(-1, places).masked_fill(~inside, float("-inf"))
-    shifted, weights, _ = exponentials(near)
+    shifted, weights, *_ = exponentials(near)
     total = weights.sum(-1)
     entropy = total.log() - torch.linalg.vecdot(shifted, weights) / total
     return entropy, (near != float("-inf")).any(-1)

@@ -352,4 +352,6 @@ def _with_sink(out: torch.Tensor, lse: torch.Tensor, at: _Context) -> torch.Tens
     """The softmax that also counts the sink's logit."""
     sink = at.evaluated(at.spec.sink).to(lse.dtype)
     weight = torch.sigmoid(lse[..., None] - sink)
+    # All of an infinite weight: exp(inf - inf).
+    weight = weight.masked_fill(sink == float("inf"), float("nan"))
     return (out * weight).to(out.dtype)

@@ -1,4 +1,4 @@
-"""What the report shows of each head: numbers, the colours they have in pictures, and in words."""
+"""What the report shows of each head: numbers, the colors they have in pictures, and in words."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ KINDS = {
 BITS = {"s0": "fp32, as exact", "s2": "bf16 in one product", "s4": "bf16 in both"}
 # From where on each class of a scale is: shares of the keys, or of a head's budget.
 STEPS = {"s0": 0.0, "s1": 0.1, "s2": 0.25, "s3": 0.4, "s4": 0.6, "s5": 0.8, "s6": 0.95}
+
+
+_LEAST_SHOWN = 0.0001
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def keys_cell(site: DecidedSite, head: int) -> Cell:
 
 def error_cell(site: DecidedSite, head: int) -> Cell:
     error, budget = _p99(site, head), site.policy.budget[head]
-    text = "" if error is None or error == 0 else percent(error).removesuffix("%")
+    text = _short(error)
     if error is not None and error > budget:
         return Cell("over", text, tooltip(site, head))
     return Cell(_step(error / budget if error and budget else 0.0), text, tooltip(site, head))
@@ -141,6 +144,13 @@ def _kind(decision: HeadDecision) -> str:
 
 def _step(share: float) -> str:
     return [style for style, begin in STEPS.items() if share >= begin][-1]
+
+
+def _short(error: float | None) -> str:
+    """In percent, in as few characters as a cell has room for."""
+    if not error:
+        return ""
+    return percent(error).removesuffix("%") if error >= _LEAST_SHOWN else "<.01"
 
 
 def _p99(site: DecidedSite, head: int) -> float | None:

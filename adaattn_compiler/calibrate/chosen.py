@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 
 from adaattn_compiler.calibrate.apply import Decisions
 from adaattn_compiler.calibrate.board import Tensors, exactly
-from adaattn_compiler.calibrate.measure import decided, unguarded
+from adaattn_compiler.calibrate.measure import decided, least_seconds, unguarded
 from adaattn_compiler.decision import EXACT
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.passes.choices import SiteKey
-
-_ROUNDS = 4
 
 
 class Timing:
@@ -31,22 +26,8 @@ class Timing:
         heads = self._decisions.get(key, ())
         if key not in self.seconds and any(head != EXACT for head in heads):
             runner = unguarded(problem, heads)
-            ways = (
-                lambda: exactly(key, problem, tensors),
-                lambda: decided(runner, tensors),
+            exact, chosen = least_seconds(
+                [lambda: exactly(key, problem, tensors), lambda: decided(runner, tensors)]
             )
-            exact, chosen = _least(*ways)
             self.seconds[key] = exact, chosen
         return exactly(key, problem, tensors)
-
-
-def _least(*ways: Callable[[], torch.Tensor]) -> list[float]:
-    """The least seconds of each, in turns; the first makes lists and is not counted."""
-    least = [float("inf")] * len(ways)
-    for turn in range(_ROUNDS):
-        for i, way in enumerate(ways):
-            begin = time.perf_counter()
-            way()
-            if turn:
-                least[i] = min(least[i], time.perf_counter() - begin)
-    return least

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,8 @@ from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.runtime.state import new_state
 
-_ROUNDS = 3
+# Calls that are timed: at least so many of each, more while they take no longer than this together.
+_ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 30, 2.0
 
 
 def unguarded(problem: Problem, heads: Sequence[HeadDecision]) -> DecidedRunner:
@@ -157,19 +159,31 @@ class Measuring:
         return self._runners[kind]
 
     def _seconds_of(self, site: SiteMeasurements, tensors: Tensors) -> list[float]:
-        """Once for all layers alike: the least of some rounds, in turns."""
+        """Once for all layers alike."""
         kind = _kind(site.problem)
         if kind not in self._seconds:
-            runners = self._runners_of(site)
-            least = [float("inf")] * len(runners)
-            for turn in range(_ROUNDS + 1):  # the first makes lists
-                for i, runner in enumerate(runners):
-                    begin = time.perf_counter()
-                    decided(runner, tensors) if i else exactly(site.key, site.problem, tensors)
-                    if turn:
-                        least[i] = min(least[i], time.perf_counter() - begin)
-            self._seconds[kind] = least
+            ways = [
+                functools.partial(decided, runner, tensors) for runner in self._runners_of(site)
+            ]
+            ways[0] = functools.partial(exactly, site.key, site.problem, tensors)
+            self._seconds[kind] = least_seconds(ways)
         return self._seconds[kind]
+
+
+def least_seconds(ways: Sequence[Callable[[], object]]) -> list[float]:
+    """The least that each takes, called in turns: other processes only ever make calls slower. The
+    first calls make lists, and are not counted."""
+    least = [float("inf")] * len(ways)
+    begun = time.perf_counter()
+    for turn in range(_MOST_ROUNDS + 1):
+        if turn > _ROUNDS and time.perf_counter() - begun > _SECONDS:
+            break
+        for i, way in enumerate(ways):
+            begin = time.perf_counter()
+            way()
+            if turn:
+                least[i] = min(least[i], time.perf_counter() - begin)
+    return least
 
 
 def _kind(problem: Problem) -> tuple[object, ...]:

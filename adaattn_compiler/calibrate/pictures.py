@@ -1,6 +1,6 @@
 """The pictures of a calibration's report, as SVG: layers by heads, speed-ups, errors against cost.
 
-Colours are classes of the page's style sheet (report.css), which knows light and dark. All text
+Colors are classes of the page's style sheet (report.css), which knows light and dark. All text
 that comes from a model goes through `escape`.
 """
 
@@ -20,7 +20,7 @@ _WIDE = 30
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a head: the class that colours it, a few characters in it, and what its tooltip says."""
+    """Of a head: the class that colors it, a few characters in it, and what its tooltip says."""
 
     style: str
     text: str
@@ -74,7 +74,9 @@ def bars(title: str, rows: Sequence[tuple[str, float, float | None]]) -> str:
     height = _TOP + len(rows) * _ROW
     for mark in _marks(largest):
         x = _LABEL + mark * scale
-        body.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 4}" y2="{height}"/>')
+        style = "one" if mark == 1 else "axis"
+        ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 4}" y2="{height}"'
+        body.append(f'<line class="{style}" {ends}/>')
         body.append(_text(x, _TOP - 8, f"{mark:g}{TIMES}", "tick", "middle"))
     for y, (name, predicted, measured) in enumerate(rows):
         top = _TOP + y * _ROW
@@ -97,12 +99,16 @@ def _bar(name: str, kind: str, value: float, y: float, scale: float) -> str:
 
 def _marks(largest: float) -> list[float]:
     step = next((s for s in (0.5, 1.0, 2.0, 5.0, 10.0) if largest / s <= 5), 20.0)
-    return [i * step for i in range(int(largest / step) + 1)]
+    return sorted({1.0, *(i * step for i in range(int(largest / step) + 1))})
 
 
 # -- error against cost ----------------------------------------------------------------------------
 
-_LEFT, _RIGHT, _UPPER, _LOWER = 52, 300, 14, 168
+_LEFT, _RIGHT, _UPPER, _LOWER = 62, 310, 14, 168
+
+
+# Powers of ten: errors below this one are rounding in float32, and stand with no error at all.
+_LEAST = -6
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def axes_of(sites: Sequence[Sequence[Point]], limit: float | None) -> Axes:
     high = math.ceil(math.log10(max(errors))) if errors else 0
     slowest = max([1.05, *(p.seconds for points in sites for p in points)])
     # Exact, which has no error, stands a line below the least.
-    return Axes(min(slowest, 2.0), max(low, high - 8) - 1, max(high, low + 1), limit)
+    return Axes(min(slowest, 2.0), max(low, _LEAST) - 1, max(high, low + 1, _LEAST + 1), limit)
 
 
 def curve(title: str, points: Sequence[Point], axes: Axes) -> str:

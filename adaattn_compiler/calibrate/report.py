@@ -128,37 +128,46 @@ def _outcome(found: Calibration) -> list[tuple[str, str, str]]:
 
 
 def _heads(sites: Sequence[DecidedSite]) -> str:
+    shares = _shares()
     pictures = [
-        _picture("Representation", sites, kind_cell, _list(KINDS)),
-        _picture("Precision", sites, bits_cell, _list(BITS)),
-        _picture("Share of keys attended to, in %", sites, keys_cell, _scale("of the keys")),
+        _picture("Representation", sites, kind_cell, KINDS),
+        _picture("Precision", sites, bits_cell, BITS),
+        _picture("Keys attended to, in % of those that the mask leaves", sites, keys_cell, shares),
         _picture(
-            "Error (p99), in %", sites, error_cell, _scale("of its budget", "over the budget")
+            "Error (p99), in %; colored by the share of its budget",
+            sites,
+            error_cell,
+            {**shares, "over": "over the budget"},
         ),
     ]
     words = "A row is a layer's attention (a site), a column is a head."
     return f'<h2>What each head does</h2><p>{words}</p><div class="cards">{"".join(pictures)}</div>'
 
 
-def _picture(title: str, sites: Sequence[DecidedSite], cell_of: CellOf, legend: str) -> str:
+def _picture(
+    title: str, sites: Sequence[DecidedSite], cell_of: CellOf, meanings: Mapping[str, str]
+) -> str:
+    """With a legend of the colors that are in it."""
     rows = [
         (site.policy.label, [cell_of(site, head) for head in range(site.policy.heads)])
         for site in sites
     ]
+    used = {cell.style for _, cells in rows for cell in cells}
+    legend = _list({style: words for style, words in meanings.items() if style in used})
     return f'<div class="card"><h3>{escape(title)}</h3>{grid(title, rows)}{legend}</div>'
 
 
-def _scale(of: str, over: str = "") -> str:
+def _shares() -> dict[str, str]:
+    """The classes of a scale, in words."""
     ends = [*list(STEPS.values())[1:], 1.0]
-    words = {
-        style: f"{100 * begin:.0f} to {100 * end:.0f}% {of}"
+    return {
+        style: f"{100 * begin:.0f} to {100 * end:.0f}%"
         for (style, begin), end in zip(STEPS.items(), ends, strict=True)
     }
-    return _list({**words, **({"bad": over} if over else {})})
 
 
 def _list(meanings: Mapping[str, str]) -> str:
-    """A legend: colours of the style sheet, and what they mean."""
+    """A legend: colors of the style sheet, and what they mean."""
     items = "".join(
         f'<li><span style="--swatch: var(--{color})"></span>{escape(words)}</li>'
         for color, words in meanings.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from adaattn_compiler.calibrate import cli
 from adaattn_compiler.calibrate.cli import main
 from adaattn_compiler.calibrate.progress import Bar, spent
+from adaattn_compiler.calibrate.subjects import from_folder
 from adaattn_compiler.policy import Policy
 
 MODEL = ("tiny_model:build", "--data", "tiny_model:batches")
@@ -98,6 +100,21 @@ def test_folder_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]
     policy = Policy.load("policy.json")
     assert [site.name for site in policy.sites] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
     assert not Path("report.html").exists()
+
+
+def test_text_by_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(300)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    shutil.copytree(folder / "words", tmp_path / "model")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text(" ".join(f"w{i:03d}"[-4:] for i in range(100, 300)))
+    found = from_folder(str(tmp_path / "model"), str(tmp_path / "text"), 16, 2, None)
+    assert found.said == ""
+    tokens = [kwargs["input_ids"].tolist() for _, kwargs in found.batches]
+    assert tokens == [[list(range(100, 116))], [list(range(200, 216))]]
 
 
 def test_interrupt_leaves_what_is_measured(

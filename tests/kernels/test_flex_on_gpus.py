@@ -10,10 +10,11 @@ import pytest
 import torch
 from specs import problem_of, random_inputs
 
-from adaattn_compiler.kernels import flex, ops
+from adaattn_compiler.kernels import ops
 from adaattn_compiler.kernels.choose import kernels
-from adaattn_compiler.kernels.flex import FlexKernel, FlexRunner, flex_runner, plan_of
+from adaattn_compiler.kernels.flex import FlexKernel, flex_runner, plan_of
 from adaattn_compiler.kernels.flex_gpu import StagedInputs, is_wide, with_aligned_strides
+from adaattn_compiler.kernels.flex_runner import FlexRunner, _first_variant
 from adaattn_compiler.kernels.problem import Problem
 
 
@@ -107,7 +108,7 @@ def test_call_of_a_gpu_gives_the_kernel_what_that_of_the_cpu_does(name: str) -> 
     runner = flex_runner(plan_of(problem))
     tensors, operands = random_inputs(problem)
     expected = runner(*tensors, operands, problem.param_hints)
-    kernel = runner._compiled(flex._first_variant("cpu"))
+    kernel = runner._compiled(_first_variant("cpu"))
     with (
         mock.patch.object(FlexRunner, "_compiled", return_value=kernel),
         mock.patch.object(FlexRunner, "_check"),

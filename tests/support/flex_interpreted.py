@@ -22,7 +22,7 @@ import torch
 from flex_problems import problem_on_a_gpu
 from specs import random_inputs
 
-from adaattn_compiler.kernels import flex
+from adaattn_compiler.kernels import flex, flex_runner
 from adaattn_compiler.kernels.flex_inductor import FlexVariant, _steps
 from adaattn_compiler.kernels.problem import Problem
 
@@ -46,9 +46,11 @@ def result(problem: Problem, kernel: str, calls: str) -> torch.Tensor:
             (out,) = body([*tensors, *_steps(tensors)])
         return torch.as_tensor(out)
 
-    first = mock.patch.object(flex, "_first_variant", return_value=FlexVariant(torch.device("cpu")))
-    given = mock.patch.object(flex, "compile_flex", return_value=compiled)
-    unchecked = mock.patch.object(flex.FlexRunner, "_check")  # that q is on a GPU
+    first = mock.patch.object(
+        flex_runner, "_first_variant", return_value=FlexVariant(torch.device("cpu"))
+    )
+    given = mock.patch.object(flex_runner, "compile_flex", return_value=compiled)
+    unchecked = mock.patch.object(flex_runner.FlexRunner, "_check")  # that q is on a GPU
     tensors, operands = random_inputs(problem)
     with first, given, unchecked:
         runner = flex.flex_runner(flex.plan_of(problem))

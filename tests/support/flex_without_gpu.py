@@ -22,9 +22,10 @@ from torch._inductor import config
 from torch._inductor.codecache import PyCodeCache
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from adaattn_compiler.kernels import flex
-from adaattn_compiler.kernels.flex import FlexRunner, flex_runner, plan_of
+from adaattn_compiler.kernels import flex_runner as flex_module
+from adaattn_compiler.kernels.flex import flex_runner, plan_of
 from adaattn_compiler.kernels.flex_inductor import FlexVariant
+from adaattn_compiler.kernels.flex_runner import FlexRunner
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.triton.compile import Compiled, built_for
 
@@ -84,7 +85,7 @@ def flex_code(problem: Problem, *, wide: bool = False) -> Written:
 
     kept = mock.patch.object(PyCodeCache, "load_by_key_path", keep)
     variant = FlexVariant(torch.device("cuda", 0), wide=wide)
-    first = mock.patch.object(flex, "_first_variant", return_value=variant)
+    first = mock.patch.object(flex_module, "_first_variant", return_value=variant)
     with _gpu(), kept, first:
         try:
             flex_runner(plan_of(problem))
@@ -117,6 +118,6 @@ def runner_without_code(problem: Problem) -> Iterator[tuple[FlexRunner, list[lis
         with unset_fake_temporarily():  # the host's part is no fake
             return inputs(*args)
 
-    told = mock.patch.object(flex, "compile_flex", return_value=call)
+    told = mock.patch.object(flex_module, "compile_flex", return_value=call)
     with _told(), told, mock.patch.object(FlexRunner, "_inputs", real):
         yield flex_runner.__wrapped__(plan_of(problem)), given
