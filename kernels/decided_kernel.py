@@ -89,13 +89,14 @@ def decision_refusal(problem: Problem, heads: Sequence[HeadDecision]) -> str | N
     spec = problem.spec
     if problem.requires_grad:
         return "policies are for inference; a gradient is wanted here"
-    if any(head.selection or head.pooling for head in heads):
-        return "the CPU's kernel takes patterns; blocks chosen in each call and means come later"
+    if any(head.pooling for head in heads):
+        return "no kernel of ours takes means of keys on the CPU"
     if any(p not in _PRECISIONS for head in heads for p in (head.scores, head.values)):
         return "precisions on the CPU are fp32 and bf16"
     if spec.masks_by_data and spec.empty_row not in (EmptyRow.IMPOSSIBLE, EmptyRow.ZERO):
         return "rows that may be without a key, and then not 0, cannot be audited"
-    if any(head.pattern for head in heads) and spec.mask.has(Load):
+    sparse = any(head.pattern or head.selection for head in heads)
+    if sparse and spec.mask.has(Load):
         return "the mask depends on the input: a pattern might leave a row without a key"
     return None
 

@@ -61,23 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks = joined()
         _run(given, budget, ranks, bar)
     except Fault as fault:
-        return _failed(given, str(fault), _MISUSED if fault.is_usage else _FAILED)
+        return _failed(given, ranks, str(fault), _MISUSED if fault.is_usage else _FAILED)
     except KeyboardInterrupt:
         bar.close()
-        return _failed(given, _broken_off(given), _INTERRUPTED)
+        return _failed(given, ranks, _broken_off(given), _INTERRUPTED)
     except Exception as error:
         bar.close()
-        return _failed(given, _said(error), _FAILED)
+        return _failed(given, ranks, _said(error), _FAILED)
     finally:
         left(ranks)
     return _WRITTEN
 
 
-def _failed(given: argparse.Namespace, message: str, status: int) -> int:
+def _failed(given: argparse.Namespace, ranks: Ranks, message: str, status: int) -> int:
     if given.traceback:
         traceback.print_exc()
     kind = "" if status == _INTERRUPTED else "error: "
-    print(f"adaattn-calibrate: {kind}{message}", file=sys.stderr)
+    who = f" (rank {ranks.index})" if ranks.count > 1 else ""
+    print(f"adaattn-calibrate{who}: {kind}{message}", file=sys.stderr)
     return status
 
 

@@ -7,6 +7,7 @@ too far off, the call is repeated with that head exact.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import threading
@@ -20,12 +21,13 @@ from adaattn_compiler.decision import HeadDecision, Precision
 from adaattn_compiler.kernels.audit import audited_rows
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
 from adaattn_compiler.kernels.cpu.call import SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16, Plan
-from adaattn_compiler.kernels.cpu.plans import BLOCK, lists_of
+from adaattn_compiler.kernels.cpu.plans import BLOCK, lists_by_head
 from adaattn_compiler.kernels.cpu.runner import cpp_runner
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.evaluate import evaluate_dense
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.patterns import kept_blocks
+from adaattn_compiler.kernels.selection import selected_blocks
 from adaattn_compiler.runtime.state import Column
 from adaattn_compiler.spec import Load, M, N, param
 from adaattn_compiler.spec import k as key
@@ -49,13 +51,18 @@ def decided_runner(plan: str) -> DecidedRunner:
 
 @dataclass(frozen=True)
 class _Lists:
-    """Block lists of one pair of lengths: offsets [1,H,row blocks + 1] of heads as decided and of
-    exact ones, both places in `blocks`; and the plan with all heads as decided."""
+    """Blocks of one pair of lengths. structure: what the mask leaves. kept: of it what fixed patterns
+    keep, bool [H, row blocks, key blocks]. decided, exact: offsets [1,H,row blocks + 1] of heads
+    with those and of exact ones, both places in `blocks`. all_decided: the plan with all heads as
+    decided. whole: whether patterns were dropped, as rows might be left without a key."""
 
+    structure: BlockStructure
+    kept: torch.Tensor
     decided: torch.Tensor
     exact: torch.Tensor
     blocks: torch.Tensor
     all_decided: Plan
+    whole: bool
 
 
 class DecidedRunner:
@@ -72,7 +79,8 @@ class DecidedRunner:
         self._skip = torch.tensor([thresholds]) if min(thresholds) < math.inf else None
         self._bounds = (torch.tensor(plan.low), torch.tensor(plan.high))
         # A bias of -inf may shut out all that a pattern keeps.
-        patterns = any(head.pattern is not None for head in plan.heads)
+        patterns = any(head.pattern or head.selection for head in plan.heads)
+        self._selections = {head.selection for head in plan.heads} - {None}
         self._may_be_empty = patterns and self.spec.score.has(Load)
         self._lists: Kept[_Lists] = Kept(_KEPT_LENGTHS)
         self._lock = threading.Lock()
@@ -133,7 +141,10 @@ class DecidedRunner:
         which = flags == AS_DECIDED
         if not bool(which.any()):
             return self._base(q, k, v, operands, params)
-        plan = self._plan(self._lists_of(q.shape[2], k.shape[2], params), which)
+        lists = self._lists_of(q.shape[2], k.shape[2], params)
+        plan = self._plan(lists, which)
+        if self._selections and not lists.whole:
+            plan = self._selected(lists, which, plan, q, k)
         if not self._may_be_empty:
             return self._base(q, k, v, operands, params, plan, checked=True)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -198,6 +209,20 @@ class DecidedRunner:
             skip = torch.where(as_decided, self._skip, math.inf)
         return Plan(offsets, lists.blocks, modes=modes, skip=skip)
 
+    def _selected(
+        self, lists: _Lists, as_decided: torch.Tensor, plan: Plan, q: torch.Tensor, k: torch.Tensor
+    ) -> Plan:
+        """The plan with the blocks that this call's queries and keys choose."""
+        structure = lists.structure
+        allowed = structure.partial | structure.full
+        seen = torch.where(as_decided[..., None, None], lists.kept, allowed)
+        for selection in self._selections:
+            assert selection is not None
+            theirs = torch.tensor([head.selection == selection for head in self.plan.heads])
+            found = selected_blocks(selection, q, k, self.spec.scale, allowed)
+            seen = torch.where((as_decided & theirs)[..., None, None], found, seen)
+        return dataclasses.replace(plan, **_named(lists_by_head(seen, structure.partial)))
+
     def _lists_of(self, rows: int, columns: int, params: Sequence[int]) -> _Lists:
         return self._lists.get(
             (rows, columns, *params), lambda: self._made_lists(rows, columns, params)
@@ -205,20 +230,15 @@ class DecidedRunner:
 
     def _made_lists(self, rows: int, columns: int, params: Sequence[int]) -> _Lists:
         structure = block_structure(self.spec.mask, rows, columns, *BLOCK, params)
+        allowed = structure.partial | structure.full
         kept = torch.stack([kept_blocks(head, rows, columns) for head in self.plan.heads])
-        if not self._sees_itself(rows, columns, params):
-            kept = torch.ones_like(kept)
-        parts = [
-            lists_of(BlockStructure(structure.partial & near, structure.full & near))
-            for near in (*kept, torch.ones_like(kept[0]))
-        ]
-        starts = torch.tensor([0, *(len(blocks) for _, blocks in parts)]).cumsum(0)
-        offsets = [part[0] + start for part, start in zip(parts, starts.tolist(), strict=False)]
-        blocks = torch.cat([blocks for _, blocks in parts])
-        decided = torch.cat(offsets[:-1], 1).to(torch.int32)
-        exact = offsets[-1].to(torch.int32).expand_as(decided)
+        whole = not self._sees_itself(rows, columns, params)
+        kept = allowed & (kept | whole)
+        # The exact heads' lists after those as decided.
+        offsets, blocks = lists_by_head(torch.cat([kept, allowed[None]])[None], structure.partial)
+        decided, exact = offsets[:, :-1].contiguous(), offsets[:, -1:].expand(1, len(kept), -1)
         every = Plan(decided, blocks, modes=self._modes, skip=self._skip)
-        return _Lists(decided, exact, blocks, every)
+        return _Lists(structure, kept, decided, exact, blocks, every, whole)
 
     def _sees_itself(self, rows: int, columns: int, params: Sequence[int]) -> bool:
         """Whether every row attends to the key at its own position, which every pattern keeps: if
@@ -229,6 +249,10 @@ class DecidedRunner:
         mask = sympy.sympify(self.spec.mask).subs(key, row + (columns - rows)).subs(sizes)
         seen = evaluate_dense(mask, {row: torch.arange(rows)}, (), partial=True)
         return bool(torch.as_tensor(seen).all())
+
+
+def _named(lists: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(("offsets", "blocks"), lists, strict=True))
 
 
 def _mode(head: HeadDecision) -> int:

@@ -18,12 +18,20 @@ BLOCK = (64, 64)
 
 def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:
     """(offsets, blocks) of a Plan, for every batch item and head alike."""
-    seen = structure.partial | structure.full
+    return lists_by_head((structure.partial | structure.full)[None, None], structure.partial)
+
+
+def lists_by_head(seen: torch.Tensor, partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offsets, blocks) of a Plan whose heads see blocks of their own.
+
+    seen: bool [B|1, H|1, row blocks, key blocks]; partial: [row blocks, key blocks], which of them
+    the mask cuts.
+    """
     counts = seen.sum(-1, dtype=torch.int32)
-    offsets = torch.zeros(1, 1, len(counts) + 1, dtype=torch.int32)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[0, 0, 1:])
-    row, column = seen.nonzero(as_tuple=True)
-    return offsets, (2 * column + structure.partial[row, column]).to(torch.int32)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
+    offsets = torch.cat([(ends - counts)[..., :1], ends], -1)
+    _, _, row, column = seen.nonzero(as_tuple=True)
+    return offsets, (2 * column + partial[row, column]).to(torch.int32)
 
 
 def every_block(blocks: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import math
 import pytest
 import sympy
 import torch
+from decided_plans import BF16, MIXED, WINDOW, flags_of, plan_for
 from specs import SPECS, problem_of, random_inputs
 
 from adaattn_compiler.decision import (
@@ -18,7 +19,7 @@ from adaattn_compiler.decision import (
     Precision,
     Selection,
 )
-from adaattn_compiler.kernels.cpu.decided import AS_DECIDED, DecidedRunner, decided_runner
+from adaattn_compiler.kernels.cpu.decided import DecidedRunner, decided_runner
 from adaattn_compiler.kernels.cpu.runner import cpp_runner, plan_of
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.decided_kernel import decision_refusal
@@ -31,27 +32,8 @@ from adaattn_compiler.spec import Load, OperandSpec
 from adaattn_compiler.spec import k as key
 from adaattn_compiler.spec import q as row
 
-WINDOW = HeadDecision(pattern=Pattern(0))
-BF16 = HeadDecision(scores=Precision.BF16, values=Precision.BF16)
-MIXED = (EXACT, WINDOW, BF16, dataclasses.replace(BF16, pattern=Pattern(0)))
 # Specs whose masks the input does not decide.
 STATIC = sorted(name for name, (spec, _, _) in SPECS.items() if not spec.masks_by_data)
-
-
-def plan_for(
-    problem: Problem, heads: tuple[HeadDecision, ...] = MIXED, **fields: object
-) -> DecidedPlan:
-    """A plan that no guard stops, but for what `fields` say."""
-    open_low = ((-math.inf,) * len(heads),) * len(names())
-    open_high = ((math.inf,) * len(heads),) * len(names())
-    base = plan_of(problem, mixed=problem.dtype == torch.float32)
-    limit = (math.inf,) * len(heads)
-    plan = DecidedPlan(base, heads, open_low, open_high, limit, limit, 4)
-    return dataclasses.replace(plan, **fields)
-
-
-def flags_of(problem: Problem, value: int = AS_DECIDED) -> torch.Tensor:
-    return torch.full((problem.shape.hints[0], problem.shape.heads), value, dtype=torch.int32)
 
 
 def by_head(problem: Problem, heads: tuple[HeadDecision, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -265,7 +247,7 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
     [
         ("padding", WINDOW, "the mask depends on the input"),
         ("causal padding nan", BF16, "cannot be audited"),
-        ("causal", HeadDecision(selection=Selection(0.9)), "chosen in each call"),
+        ("padding", HeadDecision(selection=Selection(0.9)), "the mask depends on the input"),
         ("causal", HeadDecision(pooling=Pooling(Pattern(0), 8)), "means"),
         ("causal", HeadDecision(scores=Precision.FP16), "fp32 and bf16"),
     ],
