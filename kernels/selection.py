@@ -99,11 +99,13 @@ def _sums(tensor: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     if padding:
         pads = (0, padding) if axis == -1 else (0, 0, 0, padding)
         tensor = torch.nn.functional.pad(tensor, pads)
-    return tensor.unflatten(axis, (-1, size)).sum(axis)
+    sums: torch.Tensor = tensor.unflatten(axis, (-1, size)).sum(axis)
+    return sums
 
 
 def _tiles(tensor: torch.Tensor) -> torch.Tensor:
     """[B,heads,tiles,_STRIDE,D], padded with zeros; float32 or wider."""
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     padding = -tensor.shape[2] % _STRIDE
-    return torch.nn.functional.pad(wide, (0, 0, 0, padding)).unflatten(2, (-1, _STRIDE))
+    tiles: torch.Tensor = torch.nn.functional.pad(wide, (0, 0, 0, padding))
+    return tiles.reshape(*tiles.shape[:2], -1, _STRIDE, tiles.shape[3])

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from adaattn_compiler.decision import EXACT, HeadDecision, Pattern, Precision
+from adaattn_compiler.decision import EXACT, HeadDecision, Pattern, Precision, Selection
 from adaattn_compiler.kernels.decided_kernel import decision_refusal
 from adaattn_compiler.kernels.problem import Problem
 
@@ -15,6 +15,7 @@ _SINKS = (0, 64)
 # A window that leaves out less than this share of the keys is not worth trying.
 _LEAST_LEFT_OUT = 0.3
 _SKIPS = (6.0, 9.0)
+_MASSES = (0.9, 0.97)
 _BOTH = (Precision.BF16, Precision.BF16)
 _STAGES = (
     (Precision.FP32, Precision.FP32),
@@ -31,6 +32,10 @@ def candidates_for(problem: Problem) -> tuple[HeadDecision, ...]:
     found = [HeadDecision(scores=s, values=v) for s, v in stages]
     best = stages[-1]
     found += [HeadDecision(scores=best[0], values=best[1], skip=skip) for skip in _SKIPS]
+    found += [
+        HeadDecision(selection=Selection(mass, by), scores=best[0], values=best[1])
+        for mass, by in itertools.product(_MASSES, ("pooled", "antidiagonal"))
+    ]
     # In an order that is the same in every process, as a set's is not.
     ends = dict.fromkeys((stages[0], best))
     for pattern, (scores, values) in itertools.product(_patterns(problem), ends):

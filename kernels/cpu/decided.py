@@ -51,7 +51,7 @@ def decided_runner(plan: str) -> DecidedRunner:
 
 @dataclass(frozen=True)
 class _Lists:
-    """Blocks of one pair of lengths. structure: what the mask leaves. kept: of it what fixed patterns
+    """Blocks of one pair of lengths. structure: what the mask leaves. kept: of it what patterns
     keep, bool [H, row blocks, key blocks]. decided, exact: offsets [1,H,row blocks + 1] of heads
     with those and of exact ones, both places in `blocks`. all_decided: the plan with all heads as
     decided. whole: whether patterns were dropped, as rows might be left without a key."""
