@@ -40,7 +40,7 @@ class Options:
     analysis_seconds (120): the longest that finding and checking the attentions of one graph may
     take (choosing kernels not counted); after that Inductor gets the graph as it is.
     policy (None): a `Policy`, or the path of its file; without one everything is exact.
-    audit_rows (4): how many query rows each call of a site that has a policy computes exactly, too,
+    audit_rows (2): how many query rows each call of a site that has a policy computes exactly, too,
     and compares: a head that is too far off there is exact in that call; 0 for none.
     """
 
@@ -52,7 +52,7 @@ class Options:
     dump_dir: Path | None = None
     analysis_seconds: float = 120.0
     policy: Policy | None = None
-    audit_rows: int = 4
+    audit_rows: int = 2
 
     @staticmethod
     def names() -> tuple[str, ...]:

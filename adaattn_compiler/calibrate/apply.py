@@ -34,7 +34,8 @@ class Applying:
 
 
 class Auditing:
-    """The handler that notes the largest error of audited rows, by head, as audits will see it."""
+    """The handler that notes the errors that audits will see: of each site the largest, [2,H], of
+    one call, and of the turns of a sample together."""
 
     def __init__(self, decisions: Decisions, rows: int, turns: int) -> None:
         self.largest: dict[SiteKey, torch.Tensor] = {}
@@ -44,8 +45,14 @@ class Auditing:
 
     def __call__(self, key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:
         out, exact = self._apply(key, problem, tensors), exactly(key, problem, tensors)
-        for turn in range(self._turns):
-            at = audited_rows(out.shape[2], self._rows, turn)
-            found = relative_error(out[:, :, at].double(), exact[:, :, at].double()).amax(0)
-            self.largest[key] = torch.maximum(self.largest.get(key, found), found)
+        turns = [audited_rows(out.shape[2], self._rows, turn) for turn in range(self._turns)]
+        every = [row for at in turns for row in at]
+        of_calls = torch.stack([_error_at(out, exact, at) for at in turns]).amax(0)
+        found = torch.stack([of_calls, _error_at(out, exact, every)])
+        self.largest[key] = torch.maximum(self.largest.get(key, found), found)
         return out
+
+
+def _error_at(out: torch.Tensor, exact: torch.Tensor, at: list[int]) -> torch.Tensor:
+    """The largest over the batch, by head, on some rows."""
+    return relative_error(out[:, :, at].double(), exact[:, :, at].double()).amax(0)

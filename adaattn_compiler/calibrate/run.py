@@ -36,6 +36,7 @@ from adaattn_compiler.decision import SiteDecision
 from adaattn_compiler.fingerprint import data_fingerprint, weights_fingerprint
 from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR
 from adaattn_compiler.kernels.envelope import names
+from adaattn_compiler.options import Options as RunOptions
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.policy import (
@@ -57,9 +58,9 @@ _MOST_WEIGHED_HEADS = 128
 _WEIGHING_BATCHES = 2
 # The error at which a head's weight is measured, about.
 _WEIGHING_ERROR = 0.05
-_AUDITED_ROWS, _AUDITED_TURNS = 4, 16
-# Room beyond what calibration saw: of the statistics of inputs; of errors.
-_ROOM, _ERROR_ROOM, _LEAST_BUDGET = 2.0, 3.0, 0.005
+_AUDITED_TURNS = 16
+# Room beyond what calibration saw; the least budget of a head that has none from the user.
+_ROOM, _LEAST_BUDGET = 2.0, 0.005
 
 Progress = Callable[[str, int, int], None]
 
@@ -279,7 +280,8 @@ class _Run:
     def _audited(
         self, selection: Selection, sites: Mapping[SiteKey, SiteMeasurements]
     ) -> dict[SiteKey, torch.Tensor]:
-        auditing = Auditing(decisions(selection, sites), _AUDITED_ROWS, _AUDITED_TURNS)
+        rows = RunOptions().audit_rows
+        auditing = Auditing(decisions(selection, sites), rows, _AUDITED_TURNS)
         own = self.ranks.own(self.batches)
         for i, (args, kwargs) in enumerate(own):
             self.progress("drawing envelopes", i, len(own))
@@ -314,9 +316,12 @@ class _Run:
         )
         shape = site.problem.shape
         own = self.budget.kind == "budget"
+        seen = p99.new_zeros(2, len(heads)) if audited is None else audited
         budgets = tuple(
-            self.budget.value if own else max(_ERROR_ROOM * error.p99, _LEAST_BUDGET)
-            for error in errors
+            self.budget.value
+            if own
+            else max(_ROOM * error.p99, _ROOM * float(seen[1, i]), _LEAST_BUDGET)
+            for i, error in enumerate(errors)
         )
         seconds = Seconds(
             site.seconds[0], sum(site.seconds[c] for c in chosen) / len(chosen), measured=True
@@ -375,7 +380,8 @@ def _envelope(
     }
     if audited is not None:
         limits = (
-            max(_ROOM * float(seen), budget) for seen, budget in zip(audited, budgets, strict=True)
+            max(_ROOM * float(seen), budget)
+            for seen, budget in zip(audited[0], budgets, strict=True)
         )
         statistics[AUDIT_ERROR] = tuple(Range(0.0, limit) for limit in limits)
     # Shorter texts leave less out; longer ones were not seen.

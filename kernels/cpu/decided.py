@@ -13,7 +13,10 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import sympy
 import torch
 
@@ -37,10 +40,19 @@ _KEPT_LENGTHS = 16
 # Rows that the library audits at once.
 _ROWS_AT_ONCE = 8
 # Weight of what was before in the moving averages of audits; audits before a head may be demoted.
-_KEEP, _LEAST_AUDITS = 0.9, 4
+_KEEP, _LEAST_AUDITS = 0.98, 16
+# So that nothing is divided by 0.
+_LEAST_SUM = 1e-200
 
 # Flags: what a head of a batch item does in a call.
 AS_DECIDED, LEFT_ENVELOPE, FAILED_AUDIT, DEMOTED = 1, 0, -1, -2
+_COUNTED = (
+    (Column.AS_DECIDED, AS_DECIDED),
+    (Column.LEFT_ENVELOPE, LEFT_ENVELOPE),
+    (Column.FAILED_AUDIT, FAILED_AUDIT),
+)
+
+Array = npt.NDArray[Any]
 
 
 @functools.cache
@@ -77,6 +89,7 @@ class DecidedRunner:
         self._modes = torch.tensor([modes], dtype=torch.int32)
         thresholds = [math.inf if head.skip is None else head.skip for head in plan.heads]
         self._skip = torch.tensor([thresholds]) if min(thresholds) < math.inf else None
+        self._limits, self._budgets = np.array(plan.limit), np.array(plan.budgets)
         self._bounds = (torch.tensor(plan.low), torch.tensor(plan.high))
         # A bias of -inf may shut out all that a pattern keeps.
         patterns = any(head.pattern or head.selection for head in plan.heads)
@@ -90,9 +103,9 @@ class DecidedRunner:
     ) -> torch.Tensor:
         """Flags, int32 [B,H]: AS_DECIDED, LEFT_ENVELOPE or DEMOTED."""
         flags = self._base.guard(q, k, v, self._bounds)
-        demoted = [h for h, row in enumerate(state.tolist()) if row[Column.DEMOTED]]
-        if demoted:
-            flags[:, demoted] = DEMOTED
+        demoted = state.numpy()[:, Column.DEMOTED] > 0
+        if demoted.any():
+            flags.numpy()[:, demoted] = DEMOTED
         return flags
 
     def __call__(
@@ -111,21 +124,19 @@ class DecidedRunner:
         if out is None:
             flags = flags.clamp(max=FAILED_AUDIT)
             out = self._base(*given)
-        found, sums = flags.tolist(), None
-        if self.plan.rows and AS_DECIDED in (flag for item in found for flag in item):
-            sums = self._audited(*given, out, int(state[0, Column.CALLS])).tolist()
-        failed = False
-        for item, b_sums in zip(found, sums or (), strict=False):
-            for head, (wrong, whole) in enumerate(b_sums):
-                if item[head] == AS_DECIDED and not _error(wrong, whole) <= self.plan.limit[head]:
-                    item[head] = FAILED_AUDIT
-                    failed = True
-        if failed:
-            again = self._computed(*given, torch.tensor(found, dtype=torch.int32))
-            assert again is not None  # fewer heads have a pattern than before
-            out = again
+        tried, sums = flags.numpy() == AS_DECIDED, None
+        if self.plan.rows and tried.any():
+            sums = self._audited(*given, out, int(state[0, Column.CALLS])).numpy()
+            off = tried & ~(_errors(sums) <= self._limits)
+            if off.any():
+                flags = torch.from_numpy(
+                    np.where(off, FAILED_AUDIT, flags.numpy()).astype(np.int32)
+                )
+                again = self._computed(*given, flags)
+                assert again is not None  # fewer heads have a pattern than before
+                out = again
         with self._lock:
-            self._note(flags.tolist(), found, sums, state)
+            self._note(tried, flags.numpy(), sums, state.numpy())
         return out
 
     def _computed(
@@ -169,33 +180,29 @@ class DecidedRunner:
         sums = [self._base.audit(q, k, v, out, operands, params, part) for part in parts]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
-    def _note(
-        self,
-        before: list[list[int]],
-        after: list[list[int]],
-        sums: list[list[list[float]]] | None,
-        state: torch.Tensor,
-    ) -> None:
-        """Count what the heads did, average their errors, demote those over their budgets."""
-        rows = state.tolist()
-        for head, values in enumerate(rows):
-            flags = [item[head] for item in after]
-            values[Column.CALLS] += len(flags)
-            values[Column.AS_DECIDED] += flags.count(AS_DECIDED)
-            values[Column.LEFT_ENVELOPE] += flags.count(LEFT_ENVELOPE)
-            values[Column.FAILED_AUDIT] += flags.count(FAILED_AUDIT)
-            if sums is not None:
-                # As decided, whether it stayed so or not.
-                pairs = [s[head] for s, item in zip(sums, before, strict=True) if item[head] > 0]
-                if pairs:
-                    _average(values, *(sum(part) for part in zip(*pairs, strict=True)))
-                    self._judge(values, self.plan.budgets[head])
-        state.copy_(torch.tensor(rows, dtype=torch.float64))
+    def _note(self, tried: Array, flags: Array, sums: Array | None, state: Array) -> None:
+        """Count what the heads did, average their errors, demote those over their budgets.
 
-    def _judge(self, values: list[float], budget: float) -> None:
-        error = _error(values[Column.WRONG], values[Column.WHOLE])
-        if values[Column.AUDITS] >= _LEAST_AUDITS and not error <= budget:
-            values[Column.DEMOTED] = 1.0
+        tried: [B,H], which were computed as decided at first: their errors count, whether they
+        stayed so or not.
+        """
+        state[:, Column.CALLS] += len(flags)
+        for column, flag in _COUNTED:
+            state[:, column] += np.count_nonzero(flags == flag, 0)
+        if sums is None:
+            return
+        audited: Array = np.any(tried, axis=0)
+        found = sums.sum(0, where=tried[..., None])
+        means = state[:, Column.WRONG : Column.WHOLE + 1]
+        keep = np.where(state[:, Column.AUDITS, None] == 0, 0.0, _KEEP)
+        keep = np.where(audited[:, None], keep, 1.0)
+        means *= keep
+        means += (1 - keep) * found
+        state[:, Column.AUDITS] += audited
+        state[:, Column.WORST] = np.fmax(state[:, Column.WORST], _errors(found))
+        over = audited & ~(_errors(means) <= self._budgets)
+        over &= state[:, Column.AUDITS] >= _LEAST_AUDITS
+        state[over, Column.DEMOTED] = 1
 
     # -- lists ---------------------------------------------------------------------------------
 
@@ -261,18 +268,7 @@ def _mode(head: HeadDecision) -> int:
     return scores | (VALUES_IN_BFLOAT16 if head.values == Precision.BF16 else 0)
 
 
-def _error(wrong: float, whole: float) -> float:
-    """Relative, of two sums; NaN stays NaN."""
-    if whole > 0:
-        return math.sqrt(wrong / whole)
-    return 0.0 if wrong == 0 else math.inf if wrong > 0 else math.nan
-
-
-def _average(values: list[float], wrong: float, whole: float) -> None:
-    """One audit more in a head's moving averages."""
-    first = values[Column.AUDITS] == 0
-    for column, value in ((Column.WRONG, wrong), (Column.WHOLE, whole)):
-        before = values[column]
-        values[column] = value if first else _KEEP * before + (1 - _KEEP) * value
-    values[Column.WORST] = max(values[Column.WORST], _error(wrong, whole))
-    values[Column.AUDITS] += 1
+def _errors(sums: Array) -> Array:
+    """Relative errors of sums [...,2]; huge where the exact rows are 0 and the others are not."""
+    errors: Array = np.sqrt(sums[..., 0] / np.maximum(sums[..., 1], _LEAST_SUM))
+    return errors

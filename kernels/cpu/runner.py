@@ -195,10 +195,9 @@ class CppRunner:
     ) -> torch.Tensor:
         """The sums of |out - exact|^2 and |exact|^2 over some query rows, float64 [B,H,2].
 
-        out: [B,H,M,E], as some plan made it. places: at most eight rows. Rows without a key count
-        as right; where something is not finite the sums are NaN.
+        out: [B,H,M,E], as a call made it of the same tensors. places: at most eight rows. Rows
+        without a key count as right; where something is not finite the sums are NaN.
         """
-        self._check(q, k, v, operands)
         assert out.stride(-1) == 1
         assert 0 < len(places) <= _FEW_ROWS
         sums = torch.zeros(*out.shape[:2], 2, dtype=torch.float64)
