@@ -103,6 +103,44 @@ def guard(
     compiled.attention_guard(call, *pointers)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """By what an attention is judged that is computed as decided (decided.h).
+
+    exact: int32 [row blocks + 1], the offsets of an exact head. limits, budgets: float64 [H],
+    relative errors of one call and of the moving average. rows: how many are audited; masked:
+    whether the mask leaves anything out; may_be_empty: whether a row may be without a key as
+    decided that has one.
+    """
+
+    exact: torch.Tensor
+    limits: torch.Tensor
+    budgets: torch.Tensor
+    rows: int
+    masked: bool
+    may_be_empty: bool
+
+
+def decided(
+    compiled: ctypes.CDLL,
+    arguments: Arguments,
+    flags: torch.Tensor,
+    judgement: Judgement,
+    state: torch.Tensor,
+) -> int:
+    """The status; out and state, float64 [H, columns], are written. flags: int32 [B,H]."""
+    operands, params = _operands_of(arguments.operands), _row_of(arguments.params)
+    call = _CALL.pack(*_call_of(arguments, operands, params, _row_of(())))
+    tensors = (flags, judgement.exact, judgement.limits, judgement.budgets, state)
+    further = _DECIDED.pack(
+        *(tensor.data_ptr() for tensor in tensors),
+        judgement.rows,
+        judgement.masked,
+        judgement.may_be_empty,
+    )
+    return int(compiled.attention_decided(call + further))
+
+
 def backward(
     compiled: ctypes.CDLL,
     arguments: Arguments,
@@ -125,6 +163,7 @@ def backward(
 
 
 _CALL = struct.Struct("39qQ3q")  # the seed has no sign
+_DECIDED = struct.Struct("8q")
 _Row = ctypes.Array[ctypes.c_int64]
 
 

@@ -23,7 +23,12 @@ import torch
 from adaattn_compiler.decision import HeadDecision, Precision
 from adaattn_compiler.kernels.audit import audited_rows
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
-from adaattn_compiler.kernels.cpu.call import SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16, Plan
+from adaattn_compiler.kernels.cpu.call import (
+    SCORES_IN_BFLOAT16,
+    VALUES_IN_BFLOAT16,
+    Judgement,
+    Plan,
+)
 from adaattn_compiler.kernels.cpu.plans import BLOCK, lists_by_head
 from adaattn_compiler.kernels.cpu.runner import cpp_runner
 from adaattn_compiler.kernels.decided import DecidedPlan
@@ -39,7 +44,8 @@ from adaattn_compiler.spec import q as row
 _KEPT_LENGTHS = 16
 # Rows that the library audits at once.
 _ROWS_AT_ONCE = 8
-# Weight of what was before in the moving averages of audits; audits before a head may be demoted.
+# Weight of what was before in the moving averages of audits; audits before a head may be demoted
+# (decided.h has the same).
 _KEEP, _LEAST_AUDITS = 0.98, 16
 # So that nothing is divided by 0.
 _LEAST_SUM = 1e-200
@@ -66,7 +72,8 @@ class _Lists:
     """Blocks of one pair of lengths. structure: what the mask leaves. kept: of it what patterns
     keep, bool [H, row blocks, key blocks]. decided, exact: offsets [1,H,row blocks + 1] of heads
     with those and of exact ones, both places in `blocks`. all_decided: the plan with all heads as
-    decided. whole: whether patterns were dropped, as rows might be left without a key."""
+    decided. judgement: of a call with them. whole: whether patterns were dropped, as rows might be
+    left without a key."""
 
     structure: BlockStructure
     kept: torch.Tensor
@@ -74,6 +81,7 @@ class _Lists:
     exact: torch.Tensor
     blocks: torch.Tensor
     all_decided: Plan
+    judgement: Judgement
     whole: bool
 
 
@@ -119,6 +127,27 @@ class DecidedRunner:
         state: torch.Tensor,
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; what happened is added to the state."""
+        if not self._selections:
+            lists = self._lists_of(q.shape[2], k.shape[2], params)
+            done = self._base.decided(
+                q, k, v, operands, params, lists.all_decided, flags, lists.judgement, state
+            )
+            if done is not None:
+                return done
+        return self._in_steps(q, k, v, operands, params, flags, state)
+
+    def _in_steps(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+        flags: torch.Tensor,
+        state: torch.Tensor,
+    ) -> torch.Tensor:
+        """What decided.h does in one call, for what it does not do: blocks that are chosen in the
+        call, and inputs that are not finite."""
         given = (q, k, v, operands, params)
         out = self._computed(*given, flags)
         if out is None:
@@ -245,7 +274,15 @@ class DecidedRunner:
         offsets, blocks = lists_by_head(torch.cat([kept, allowed[None]])[None], structure.partial)
         decided, exact = offsets[:, :-1].contiguous(), offsets[:, -1:].expand(1, len(kept), -1)
         every = Plan(decided, blocks, modes=self._modes, skip=self._skip)
-        return _Lists(structure, kept, decided, exact, blocks, every, whole)
+        judgement = Judgement(
+            offsets[0, -1].contiguous(),
+            torch.from_numpy(self._limits),
+            torch.from_numpy(self._budgets),
+            self.plan.rows,
+            self.spec.mask != sympy.true,
+            self._may_be_empty,
+        )
+        return _Lists(structure, kept, decided, exact, blocks, every, judgement, whole)
 
     def _sees_itself(self, rows: int, columns: int, params: Sequence[int]) -> bool:
         """Whether every row attends to the key at its own position, which every pattern keeps: if

@@ -10,6 +10,7 @@ import torch
 
 from adaattn_compiler.kernels.blocks import BlockStructure
 from adaattn_compiler.kernels.cpu.call import SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16, Plan
+from adaattn_compiler.runtime.state import Column
 from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, b, h, k, q
 
 # Rows and keys of a block (forward.h, pack.h).
@@ -103,6 +104,15 @@ def check_counts(skipped: torch.Tensor, heads: tuple[int, int]) -> None:
         raise ValueError(
             f"skipped {skipped.dtype} {tuple(skipped.shape)}: contiguous int64 {heads}"
         )
+
+
+def check_flags(flags: torch.Tensor, state: torch.Tensor, heads: tuple[int, int]) -> None:
+    """ValueError unless there is a flag for each batch item and head, and a state for each head."""
+    if flags.dtype != torch.int32 or flags.shape != heads:
+        raise ValueError(f"flags {flags.dtype} {tuple(flags.shape)}: int32 {heads}")
+    wanted = (heads[1], len(Column))
+    if state.dtype != torch.float64 or state.shape != wanted or not state.is_contiguous():
+        raise ValueError(f"state {state.dtype} {tuple(state.shape)}: contiguous float64 {wanted}")
 
 
 def with_plan(

@@ -17,8 +17,10 @@ from adaattn_compiler.kernels.cpu.call import (
     NO_MEMORY,
     NOT_FINITE,
     Arguments,
+    Judgement,
     Plan,
     backward,
+    decided,
     forward,
     guard,
 )
@@ -27,6 +29,7 @@ from adaattn_compiler.kernels.cpu.library import library
 from adaattn_compiler.kernels.cpu.plans import (
     BLOCK,
     check_counts,
+    check_flags,
     check_plan,
     every_block,
     lists_of,
@@ -182,6 +185,32 @@ class CppRunner:
             given = Arguments(q, k, v, q, (), (), self._every_plan(k.shape[2]))
             guard(self._library, given, low, high, flags)
         return flags
+
+    def decided(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+        plan: Plan,
+        flags: torch.Tensor,
+        judgement: Judgement,
+        state: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """[B,H,M,E], laid out as [B,M,H,E]: each head by the plan or exactly, as flags (int32
+        [B,H], 1 by the plan) and an audit have it; what happened is added to the state.
+
+        None, and the state as it was, where something is not finite.
+        """
+        self._check(q, k, v, operands)
+        batch, heads, rows, _ = q.shape
+        check_flags(flags, state, (batch, heads))
+        out = q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
+        q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
+        given = Arguments(q, k, v, out, self._stored(operands), params, plan)
+        status = decided(self._library, given, flags.contiguous(), judgement, state)
+        return out if _is_done(status) else None
 
     def audit(
         self,

@@ -56,7 +56,7 @@ def source_of(made_for: Configuration) -> str:
         _score_row(made_for),
         _attended(made_for),
         _sink(made_for),
-        '#include "attention.h"\n#include "guards.h"',
+        '#include "decided.h"\n#include "guards.h"',
         _FORWARD,
     )
 
@@ -299,6 +299,10 @@ _FORWARD = """extern "C" int64_t attention_forward(const Call* call) {
 extern "C" void attention_guard(const Call* call, const float* low, const float* high,
                                 int32_t* flags) {
   guard(*call, low, high, flags);
+}
+
+extern "C" int64_t attention_decided(const DecidedCall* call) {
+  return Decided(*call).run();
 }"""
 
 _BACKWARD = """extern "C" int64_t attention_backward(const BackwardCall* backward) {

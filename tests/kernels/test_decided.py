@@ -144,6 +144,46 @@ def test_a_head_that_is_off_is_computed_exactly_in_the_same_call() -> None:
     assert stats[1].worst > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *((name, 90) for name in ("gqa", "alibi", "dense bias", "sink", "last rows")),
+        *((name, 5) for name in ("gqa", "softcap", "sink")),
+    ],
+)
+def test_the_library_does_in_one_call_what_the_steps_do(name: str, rows: int) -> None:
+    problem = problem_of(name, rows=rows)
+    tensors, operands = random_inputs(problem)
+    params = problem.param_hints
+    plan = plan_for(problem, limit=(1.0, 0.3, 1.0, 0.5), budgets=(1.0, 1.0, 1e-4, 1.0), rows=11)
+    runner = DecidedRunner(plan)
+    whole, steps = new_state(4), new_state(4)
+    every = flags_of(problem)
+    some = torch.tensor([[1, 0, -2, 1], [0, 0, 0, 0]], dtype=torch.int32)
+    for turn in range(30):
+        flags = some if turn % 3 == 1 else every
+        one = runner(*tensors, operands, params, flags, whole)
+        other = runner._in_steps(*tensors, operands, params, flags, steps)
+        assert torch.equal(one, other)
+        torch.testing.assert_close(whole, steps, rtol=1e-9, atol=1e-15)
+    assert int(whole[:, Column.AUDITS].min()) > 0
+    # Where rows are few, all is computed exactly.
+    assert bool(whole[2, Column.DEMOTED]) == (rows == 90 and torch.cpu._is_avx512_bf16_supported())
+
+
+def test_flags_and_states_of_another_form_are_refused() -> None:
+    problem = problem_of("gqa")
+    tensors, operands = random_inputs(problem)
+    runner = DecidedRunner(plan_for(problem))
+    flags, state = flags_of(problem), new_state(4)
+    for wrong in (flags.long(), flags[:1], flags[:, :2]):
+        with pytest.raises(ValueError, match="flags"):
+            runner(*tensors, operands, (), wrong, state)
+    for wrong in (state.float(), state[:3], state[:, :5], new_state(8)[::2]):
+        with pytest.raises(ValueError, match="state"):
+            runner(*tensors, operands, (), flags, wrong)
+
+
 def test_moving_averages_are_those_of_the_sums() -> None:
     problem = problem_of("causal")
     tensors, operands = random_inputs(problem)
