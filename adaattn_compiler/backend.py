@@ -19,7 +19,7 @@ from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.decide import chooser_of
 from adaattn_compiler.passes.pipeline import Analysis, rewrite
 from adaattn_compiler.policy import Policy
-from adaattn_compiler.records import records
+from adaattn_compiler.records import SiteRecord, records
 from adaattn_compiler.report import dump, log_sites
 from adaattn_compiler.runtime.assumptions import Assumptions
 from adaattn_compiler.runtime.states import STATES, StateKey
@@ -50,6 +50,7 @@ def adaattn(
     analysis = rewrite(graph_module, example_inputs, ours, chooser)
     sites = records(analysis)
     log_sites(sites, analysis.failure)
+    _warn_of_idle_policy(ours.policy, sites)
     dump(graph_module, analysis, sites, ours.dump_dir)
     if analysis.graph_module is None:
         return _inductor(graph_module, example_inputs, mode, inductors)
@@ -73,6 +74,19 @@ def adaattn(
         compiled,
         lambda: _compiled_later(original, mode, inductors),
     )
+
+
+def _warn_of_idle_policy(policy: Policy | None, sites: Sequence[SiteRecord]) -> None:
+    """A policy that none of a graph's sites follows is likely to be another model's."""
+    refused = [site.refused for site in sites if site.refused is not None]
+    if policy is not None and refused and len(refused) == sum(site.lowered for site in sites):
+        log.warning(
+            "policy %s: none of the %d attentions of a graph follows it, they are exact (%s); "
+            "`explain` says why of each",
+            policy.key(),
+            len(refused),
+            refused[0],
+        )
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class SiteRecord:
     with a target, the Triton module for that instead.
     prediction: what it takes at least, counted: on the target that was asked for, with the kernel
     generated for it, else on the device that the tensors are on.
+    refused: why it is not computed as a policy has it, where there is a policy.
 
     mask, kernel, decision, shape, score, why and prediction are None for a site that was not
     lowered.
@@ -70,6 +71,7 @@ class SiteRecord:
     training: bool = False
     source: str | None = None
     prediction: Prediction | None = None
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def _lowered_record(result: Lowered, graph: int, asked: Asked) -> SiteRecord:
         training=site.requires_grad,
         source=asked.source_of(result),
         prediction=asked.prediction_of(result),
+        refused=result.choice.refused,
     )
 
 

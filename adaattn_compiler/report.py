@@ -48,6 +48,8 @@ def _row(site: SiteRecord) -> tuple[str, ...]:
 
 def _reason(site: SiteRecord) -> str:
     """Why a site was not lowered, and where it is written; empty for one that was."""
+    if site.refused is not None:
+        return site.refused
     if site.reason is None:
         return ""
     return site.reason if site.where is None else f"{site.reason} [{site.where}]"

@@ -9,7 +9,10 @@ import torch
 from adaattn_compiler.runtime.state import HeadStats, head_stats
 from adaattn_compiler.runtime.states import STATES
 
-_HEADER = ("site", "head", "calls", "as decided", "out of range", "off", "audits", "error", "")
+_HEADER = (
+    *("site", "head", "calls", "as decided", "out of range", "failed audit"),
+    *("audits", "error", "worst", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,6 @@ def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def _row(label: str, head: int, found: HeadStats) -> tuple[str, ...]:
-    error = "" if found.error is None else f"{found.error:.2e}"
+    errors = ("" if e is None else f"{e:.2e}" for e in (found.error, found.worst))
     counts = (found.calls, found.as_decided, found.left_envelope, found.failed_audit, found.audits)
-    return label, str(head), *map(str, counts), error, "demoted" if found.demoted else ""
+    return label, str(head), *map(str, counts), *errors, "demoted" if found.demoted else ""

@@ -57,7 +57,8 @@ OPS = (ops.attention, triton_attention)
 class Choice:
     """The kernel chosen and why; times in seconds where kernels were measured.
 
-    decision: how exactly it computes, in words. stateful: whether it keeps a state of its heads.
+    decision: how exactly it computes, in words. refused: why not as a policy has it. stateful:
+    whether it keeps a state of its heads.
     """
 
     kernel: Kernel
@@ -65,6 +66,7 @@ class Choice:
     times: tuple[tuple[str, float], ...] = ()
     decision: str = "exact"
     stateful: bool = False
+    refused: str | None = None
 
 
 # Tiles of the generated Triton kernel that compete with each other.

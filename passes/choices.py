@@ -64,4 +64,6 @@ class Choices:
         if problem not in self._exact:
             self._exact[problem] = choose(problem, self._options)
         choice = self._exact[problem]
-        return replace(choice, why=f"{answer.why}; {choice.why}") if answer.why else choice
+        if not answer.why:
+            return choice
+        return replace(choice, why=f"exact: {answer.why}; {choice.why}", refused=answer.why)

@@ -36,16 +36,16 @@ def policy_chooser(policy: Policy, rows: int, weights: GraphWeights) -> Chooser:
     def chosen(key: SiteKey, site: Site, problem: Problem) -> Choice | Exact:
         decided = policy.site(key.name, key.ordinal)
         if decided is None:
-            return Exact("exact: the policy has no such site")
+            return Exact("the policy has no such site")
         reason = _refusal(decided, site, problem, weights.under(key.name))
         if reason is not None:
-            return Exact(f"exact: {reason}")
+            return Exact(reason)
         if decided.decision.is_exact:
-            return Exact("exact by the policy")
+            return Exact("as the policy has it")
         kernel = DecidedKernel(decided, rows)
         reason = kernel.refusal(problem)
         if reason is not None:
-            return Exact(f"exact: {reason}")
+            return Exact(reason)
         why = f"policy {policy.key()}"
         return Choice(kernel, why, decision=in_words(decided), stateful=True)
 

@@ -293,3 +293,11 @@ b#2     0-5    exact                       -           -          0.01""",
 def test_error_is_pickled_with_its_place() -> None:
     error = pickle.loads(pickle.dumps(PolicyError(("sites", 3, "q rms"), "is -1", "a.json")))
     assert str(error) == 'a.json: sites[3]["q rms"] is -1'
+
+
+def test_site_of_other_weights_is_refused() -> None:
+    site = dataclasses.replace(POLICY.sites[0], weights="0" * 32)
+    assert site.mismatch(**_PRESENT, weights="0" * 32) is None
+    for other in ("1" * 32, None):
+        assert "other weights" in (site.mismatch(**_PRESENT, weights=other) or "")
+    assert POLICY.sites[0].mismatch(**_PRESENT, weights="1" * 32) is None  # not looked at

@@ -197,7 +197,7 @@ class SitePolicy:
         value_dim: int,
         dtype: str,
         training: bool,
-        weights: str | None,
+        weights: str | None = None,
     ) -> str | None:
         """Why this is not for a site that is so; None where it is."""
         present: dict[str, Any] = {

@@ -177,7 +177,9 @@ class Decided {
   }
 
   static void average(double* state, double wrong, double whole, double budget) {
-    const double keep = state[kAudits] == 0 ? 0.0 : kKeep, error = error_of(wrong, whole);
+    // The plain mean until that would change less than the moving average does.
+    const double mean = state[kAudits] / (state[kAudits] + 1);
+    const double keep = mean < kKeep ? mean : kKeep, error = error_of(wrong, whole);
     state[kWrong] = keep * state[kWrong] + (1 - keep) * wrong;
     state[kWhole] = keep * state[kWhole] + (1 - keep) * whole;
     state[kAudits] += 1;

@@ -223,8 +223,9 @@ class DecidedRunner:
         audited: Array = np.any(tried, axis=0)
         found = sums.sum(0, where=tried[..., None])
         means = state[:, Column.WRONG : Column.WHOLE + 1]
-        keep = np.where(state[:, Column.AUDITS, None] == 0, 0.0, _KEEP)
-        keep = np.where(audited[:, None], keep, 1.0)
+        # The plain mean until that would change less than the moving average does.
+        before = state[:, Column.AUDITS, None]
+        keep = np.where(audited[:, None], np.minimum(before / (before + 1), _KEEP), 1.0)
         means *= keep
         means += (1 - keep) * found
         state[:, Column.AUDITS] += audited
