@@ -50,6 +50,9 @@ struct Call {
   const int64_t* places;
   int64_t place_count;
   double* compared;
+
+  // Whether `out` and `lse` hold what other keys gave, to which these keys' part is joined.
+  int64_t joins;
 };
 
 enum Mode : int32_t { kScoresInBfloat16 = 1, kValuesInBfloat16 = 2 };
@@ -81,7 +84,7 @@ struct BackwardCall {
   const OperandGradient* gradients;  // one for each operand; null where nobody asks for any
 };
 
-static_assert(sizeof(Call) == 43 * 8 && sizeof(BackwardCall) == (43 + 17) * 8 &&
+static_assert(sizeof(Call) == 44 * 8 && sizeof(BackwardCall) == (44 + 17) * 8 &&
                   sizeof(Operand) == 5 * 8 && sizeof(OperandGradient) == 6 * 8,
               "all members are of 64 bits");
 

@@ -62,6 +62,7 @@ class Arguments:
     seed: of dropout. Of each row, contiguous or None: lse [B,H,M], statistics [B,H,M,2] (the
     largest score, the sum of exp(score - largest)), both float32; skipped [B,H], int64, is added
     to: how often a row has left out a block of keys. places, compared: of an audit (`audit`).
+    joins: whether out and lse hold what other keys gave, to which these are joined.
     """
 
     q: torch.Tensor
@@ -77,6 +78,7 @@ class Arguments:
     skipped: torch.Tensor | None = None
     places: Sequence[int] = ()
     compared: torch.Tensor | None = None
+    joins: bool = False
 
 
 def forward(compiled: ctypes.CDLL, arguments: Arguments) -> int:
@@ -162,7 +164,7 @@ def backward(
     return int(compiled.attention_backward(call + struct.pack(f"{len(further)}q", *further)))
 
 
-_CALL = struct.Struct("39qQ3q")  # the seed has no sign
+_CALL = struct.Struct("39qQ4q")  # the seed has no sign
 _DECIDED = struct.Struct("8q")
 _Row = ctypes.Array[ctypes.c_int64]
 
@@ -191,6 +193,7 @@ def _call_of(given: Arguments, operands: _Row, params: _Row, places: _Row) -> tu
         ctypes.addressof(places) if given.places else 0,
         len(given.places),
         _address(given.compared),
+        given.joins,
     )
 
 

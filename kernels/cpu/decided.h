@@ -14,14 +14,15 @@
 // Columns of a state (runtime/state.py), a row for each head.
 enum StateColumn {
   kCalls, kAsDecided, kLeftEnvelope, kFailedAudit, kAudits, kWrong, kWhole, kWorst, kDemoted,
-  kStateColumns
+  kSquare, kStateColumns
 };
 
 // Flags: what a head of a batch item does in a call.
 constexpr int32_t kDecidedFlag = 1, kOutsideFlag = 0, kOffFlag = -1;
 
-// Weight of what was before in the moving averages; audits before a head may be demoted.
-constexpr double kKeep = 0.98, kLeastAudits = 16;
+// Weight of what was before in the moving averages; as many audits count in them as in a plain mean of
+// so many; audits before a head may be demoted; standard errors by which it must be over its budget.
+constexpr double kKeep = 0.98, kMostCounted = (1 + kKeep) / (1 - kKeep), kLeastAudits = 16, kSure = 2;
 constexpr double kLeastSum = 1e-200;  // so that nothing is divided by 0
 
 // All members of 64 bits; kernels/cpu/call.py fills it.
@@ -182,10 +183,20 @@ class Decided {
     const double keep = mean < kKeep ? mean : kKeep, error = error_of(wrong, whole);
     state[kWrong] = keep * state[kWrong] + (1 - keep) * wrong;
     state[kWhole] = keep * state[kWhole] + (1 - keep) * whole;
+    state[kSquare] = keep * state[kSquare] + (1 - keep) * wrong * wrong;
     state[kAudits] += 1;
     if (error > state[kWorst]) state[kWorst] = error;
-    if (state[kAudits] >= kLeastAudits && !(error_of(state[kWrong], state[kWhole]) <= budget))
+    if (state[kAudits] >= kLeastAudits && !(error_of(surely_wrong(state), state[kWhole]) <= budget))
       state[kDemoted] = 1;
+  }
+
+  // What the average of the errors is at least, as far as so few rows can tell: some rows are far
+  // off in most heads, and an average of few audits is of whether it met one.
+  static double surely_wrong(const double* state) {
+    const double counted = state[kAudits] < kMostCounted ? state[kAudits] : kMostCounted;
+    const double variance = state[kSquare] - state[kWrong] * state[kWrong];
+    const double least = state[kWrong] - kSure * std::sqrt((variance > 0 ? variance : 0) / counted);
+    return least < 0 ? 0 : least;
   }
 
   const DecidedCall& given_;

@@ -44,9 +44,11 @@ from adaattn_compiler.spec import q as row
 _KEPT_LENGTHS = 16
 # Rows that the library audits at once.
 _ROWS_AT_ONCE = 8
-# Weight of what was before in the moving averages of audits; audits before a head may be demoted
-# (decided.h has the same).
-_KEEP, _LEAST_AUDITS = 0.98, 16
+# Weight of what was before in the moving averages of audits, which count as many audits as a plain
+# mean of so many; audits before a head may be demoted; standard errors by which it must be over its
+# budget (decided.h has the same).
+_KEEP, _LEAST_AUDITS, _SURE = 0.98, 16, 2.0
+_MOST_COUNTED = (1 + _KEEP) / (1 - _KEEP)
 # So that nothing is divided by 0.
 _LEAST_SUM = 1e-200
 
@@ -228,9 +230,12 @@ class DecidedRunner:
         keep = np.where(audited[:, None], np.minimum(before / (before + 1), _KEEP), 1.0)
         means *= keep
         means += (1 - keep) * found
+        squares = state[:, Column.SQUARE]
+        squares *= keep[:, 0]
+        squares += (1 - keep[:, 0]) * found[:, 0] ** 2
         state[:, Column.AUDITS] += audited
         state[:, Column.WORST] = np.fmax(state[:, Column.WORST], _errors(found))
-        over = audited & ~(_errors(means) <= self._budgets)
+        over = audited & ~(_errors(_surely(state)) <= self._budgets)
         over &= state[:, Column.AUDITS] >= _LEAST_AUDITS
         state[over, Column.DEMOTED] = 1
 
@@ -304,6 +309,17 @@ def _mode(head: HeadDecision) -> int:
     """A head's bits of Mode (call.h)."""
     scores = SCORES_IN_BFLOAT16 if head.scores == Precision.BF16 else 0
     return scores | (VALUES_IN_BFLOAT16 if head.values == Precision.BF16 else 0)
+
+
+def _surely(state: Array) -> Array:
+    """What the averages of |out - exact|^2 are at least, as far as so few rows can tell, beside
+    those of |exact|^2, [H,2]: an average of few audits is of whether it met one of the few rows
+    that are far off in most heads."""
+    wrong, whole = state[:, Column.WRONG], state[:, Column.WHOLE]
+    counted = state[:, Column.AUDITS].clip(1, _MOST_COUNTED)
+    error = np.sqrt((state[:, Column.SQUARE] - wrong**2).clip(0) / counted)
+    least: Array = np.stack([(wrong - _SURE * error).clip(0), whole], -1)
+    return least
 
 
 def _errors(sums: Array) -> Array:

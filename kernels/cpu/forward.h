@@ -85,17 +85,31 @@ static inline float with_sink(const Call& call, int64_t batch, int64_t head, int
   return scale;
 }
 
+// Joins a row's part, over keys that it has not met yet, to what `out` and `lse` hold of the others.
+static void join_row(const Call& call, float lse, int64_t place, float factor, const float* weighted,
+                     Number* to) {
+  const float before = call.lse[place], both = lse > before ? lse : before;
+  if (lse == -kInfinity) return;
+  const float old_part = before == -kInfinity ? 0.0f : std::exp(before - both);
+  const float new_part = std::exp(lse - both), whole = old_part + new_part;
+  call.lse[place] = both + std::log(whole);
+  const float keep = old_part / whole, add = new_part / whole * factor;
+  for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(to_float(to[e]) * keep + weighted[e] * add);
+}
+
 // The result of one row from its maximum, its sum and its weighted sum of values.
 static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t row, float largest,
                        float sum, const float* weighted) {
   const float scale = with_sink(call, batch, head, row, largest, sum);
   const int64_t place = (batch * call.heads + head) * call.rows + row;
-  if (call.lse) call.lse[place] = largest == -kInfinity ? largest : largest + std::log(sum);
+  const float lse = largest == -kInfinity ? largest : largest + std::log(sum);
   if (call.statistics) {
     call.statistics[2 * place] = largest;
     call.statistics[2 * place + 1] = sum;
   }
   Number* to = const_cast<Number*>(row_of(call.out, batch, head, row));
+  if (call.joins) return join_row(call, lse, place, scale / sum, weighted, to);
+  if (call.lse) call.lse[place] = lse;
   if (largest == -kInfinity) return fill_empty_row(call, batch, head / kGroup, to);
   const float inverse = scale / sum;
   for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(weighted[e] * inverse);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import sympy
 import torch
@@ -295,3 +296,16 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
 def test_decisions_that_do_not_go_with_a_spec_are_refused(name, decision, why: str) -> None:
     assert why in (decision_refusal(problem_of(name), (decision,)) or "")
     assert decision_refusal(problem_of("causal"), (WINDOW, BF16, EXACT)) is None
+
+
+def test_a_head_is_demoted_for_what_is_sure_and_not_for_one_row() -> None:
+    """Both averages end above the budget: one as each audit is, the other by one audit of 40."""
+    runner = DecidedRunner(plan_for(problem_of("causal"), budgets=(0.1, 0.1, 0.1, 0.1)))
+    state, tried = new_state(4), np.ones((1, 4), dtype=bool)
+    for turn in range(40):
+        steady, rare, good = 0.15**2, 0.9**2 if turn == 5 else 1e-4, 1e-4
+        sums = np.array([[[steady, 1.0], [rare, 1.0], [good, 1.0], [math.nan, 1.0]]])
+        runner._note(tried, np.ones((1, 4), dtype=np.int32), sums, state.numpy())
+    stats = head_stats(state)
+    assert all((head.error or 0.0) > 0.1 for head in stats[:2])
+    assert [head.demoted for head in stats] == [True, False, False, True]
