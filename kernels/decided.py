@@ -9,10 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaattn_compiler.decision import HeadDecision, Pattern, Pooling, Precision, Selection
+from adaattn_compiler.decision import (
+    HeadDecision,
+    KeyBasis,
+    Nystrom,
+    Pattern,
+    Pooling,
+    Precision,
+    Selection,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class DecidedPlan:
     def serialize(self) -> str:
         """One line of text from which `deserialize` makes an equal plan, in any process."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps({**fields, "heads": [_written(head) for head in self.heads]})
+        return json.dumps({**fields, "heads": [written_head(head) for head in self.heads]})
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
@@ -43,7 +52,7 @@ class DecidedPlan:
         """ValueError where the text is not of that form."""
         try:
             fields = {name: _frozen(value) for name, value in json.loads(text).items()}
-            return DecidedPlan(**{**fields, "heads": tuple(map(_read, fields["heads"]))})
+            return DecidedPlan(**{**fields, "heads": tuple(map(read_head, fields["heads"]))})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a plan by decisions: {text[:80]!r}") from error
 
@@ -57,15 +66,16 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _written(head: HeadDecision) -> dict[str, Any]:
+def written_head(head: HeadDecision) -> dict[str, Any]:
     """A decision's fields that are not the exact head's, in literals."""
     fields = dataclasses.asdict(head)
     precise = {name: fields[name].value for name in ("scores", "values")}
     return {name: value for name, value in {**fields, **precise}.items() if value is not None}
 
 
-def _read(fields: dict[str, Any]) -> HeadDecision:
-    given = dict(fields)
+def read_head(fields: Mapping[str, Any]) -> HeadDecision:
+    """The decision that `written_head` wrote."""
+    given = _frozen(dict(fields))
     for name in ("scores", "values"):
         given[name] = Precision(given[name])
     if "pattern" in given:
@@ -75,4 +85,8 @@ def _read(fields: dict[str, Any]) -> HeadDecision:
     if "pooling" in given:
         pooling = given["pooling"]
         given["pooling"] = Pooling(Pattern(**pooling["near"]), pooling["keys"])
+    if "nystrom" in given:
+        given["nystrom"] = Nystrom(**given["nystrom"])
+    if "basis" in given:
+        given["basis"] = KeyBasis(**given["basis"])
     return HeadDecision(**given)

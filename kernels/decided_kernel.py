@@ -15,6 +15,7 @@ from adaattn_compiler.kernels.cpu.kernel import CppKernel
 from adaattn_compiler.kernels.cpu.runner import plan_of
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.envelope import names
+from adaattn_compiler.kernels.low_rank import low_rank_refusal
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
 from adaattn_compiler.policy import Range, SitePolicy
 from adaattn_compiler.spec import EmptyRow, Load
@@ -57,13 +58,14 @@ class DecidedKernel:
     def plan(self, problem: Problem) -> DecidedPlan:
         """As the graph will carry it."""
         statistics = self.site.envelope.statistics
-        low, high = zip(*(_bounds(statistics.get(n, ()), self.site) for n in names()), strict=True)
+        bounds = [bounds_by_head(statistics.get(name, ()), self.site) for name in names()]
+        low, high = zip(*bounds, strict=True)
         return DecidedPlan(
             base=plan_of(problem, mixed=problem.dtype == torch.float32),
             heads=self.site.decision.heads,
             low=low,
             high=high,
-            limit=_bounds(statistics.get(AUDIT_ERROR, ()), self.site)[1],
+            limit=bounds_by_head(statistics.get(AUDIT_ERROR, ()), self.site)[1],
             budgets=self.site.budget,
             rows=self.rows,
         )
@@ -89,19 +91,20 @@ def decision_refusal(problem: Problem, heads: Sequence[HeadDecision]) -> str | N
     spec = problem.spec
     if problem.requires_grad:
         return "policies are for inference; a gradient is wanted here"
-    if any(head.pooling for head in heads):
-        return "no kernel of ours takes means of keys on the CPU"
+    reason = low_rank_refusal(problem, heads)
+    if reason is not None:
+        return reason
     if any(p not in _PRECISIONS for head in heads for p in (head.scores, head.values)):
         return "precisions on the CPU are fp32 and bf16"
     if spec.masks_by_data and spec.empty_row not in (EmptyRow.IMPOSSIBLE, EmptyRow.ZERO):
         return "rows that may be without a key, and then not 0, cannot be audited"
-    sparse = any(head.pattern or head.selection for head in heads)
+    sparse = any(head.pattern or head.selection or head.pooling for head in heads)
     if sparse and spec.mask.has(Load):
         return "the mask depends on the input: a pattern might leave a row without a key"
     return None
 
 
-def _bounds(ranges: Sequence[Range], site: SitePolicy) -> tuple[tuple[float, ...], ...]:
+def bounds_by_head(ranges: Sequence[Range], site: SitePolicy) -> tuple[tuple[float, ...], ...]:
     """(low, high) by query head; without ranges everything is let through."""
     if not ranges:
         return ((float("-inf"),) * site.heads, (float("inf"),) * site.heads)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
+from adaattn_compiler.kernels.means import means_of_runs
+from adaattn_compiler.kernels.nystrom import landmark_values
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, S
 from adaattn_compiler.spec import q as row
 
@@ -230,6 +232,25 @@ def lowrank_attention(
     values = torch.cat([v_far, v.repeat_interleave(spec.group, 1)], 2)
     out = weights[..., : values.shape[2]].to(v.dtype) @ values
     return _with_empty_rows(out, has_key, v.repeat_interleave(spec.group, 1), spec)
+
+
+def nystrom_attention(
+    qkv: Sequence[torch.Tensor], count: int, scale: float, group: int = 1
+) -> torch.Tensor:
+    """Attention without a mask through `count` landmarks (kernels/nystrom.py), [B,H,M,E].
+
+    Landmarks are the means of runs of ceil(length / count) rows or keys, the last one shorter.
+    """
+    q, k, v = qkv
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    q_means, k_means = (means_of_runs(t, -(-t.shape[2] // count)) for t in (q, k))
+
+    def attended(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        weights = (rows @ keys.mT * scale).softmax(-1)
+        return weights @ values
+
+    values = landmark_values(q_means, k_means, attended(q_means, k, v), scale)
+    return attended(q, k_means, values)
 
 
 def skipping_attention(

@@ -6,7 +6,15 @@ import itertools
 
 import torch
 
-from adaattn_compiler.decision import EXACT, HeadDecision, Pattern, Precision, Selection
+from adaattn_compiler.decision import (
+    EXACT,
+    HeadDecision,
+    Nystrom,
+    Pattern,
+    Pooling,
+    Precision,
+    Selection,
+)
 from adaattn_compiler.kernels.decided_kernel import decision_refusal
 from adaattn_compiler.kernels.problem import Problem
 
@@ -16,6 +24,10 @@ _SINKS = (0, 64)
 _LEAST_LEFT_OUT = 0.3
 _SKIPS = (6.0, 9.0)
 _MASSES = (0.9, 0.97)
+# Keys by their means: the windows in which none is, how many share a mean; landmarks, and how many
+# keys each is for at least.
+_NEAR, _POOLED = (128, 512), (16, 64)
+_LANDMARKS, _LEAST_RUN = (64, 256), 4
 _BOTH = (Precision.BF16, Precision.BF16)
 _STAGES = (
     (Precision.FP32, Precision.FP32),
@@ -40,11 +52,27 @@ def candidates_for(problem: Problem) -> tuple[HeadDecision, ...]:
     ends = dict.fromkeys((stages[0], best))
     for pattern, (scores, values) in itertools.product(_patterns(problem), ends):
         found.append(HeadDecision(pattern=pattern, scores=scores, values=values))
+    found += [
+        HeadDecision(
+            pooling=Pooling(Pattern(window, _SINKS[-1]), keys), scores=best[0], values=best[1]
+        )
+        for window, keys in itertools.product(_NEAR, _POOLED)
+        if window <= _longest_window(problem)
+    ]
+    found += [
+        HeadDecision(nystrom=Nystrom(count), scores=best[0], values=best[1])
+        for count in _LANDMARKS
+        if count <= problem.shape.hints[2] // _LEAST_RUN
+    ]
     found = [decision for decision in found if decision_refusal(problem, (decision,)) is None]
     return tuple(dict.fromkeys((EXACT, *found)))
 
 
 def _patterns(problem: Problem) -> list[Pattern]:
-    columns = problem.shape.hints[2]
-    windows = [w for w in _WINDOWS if w <= (1 - _LEAST_LEFT_OUT) * columns]
+    windows = [w for w in _WINDOWS if w <= _longest_window(problem)]
     return [Pattern(window, sinks) for window in windows for sinks in _SINKS]
+
+
+def _longest_window(problem: Problem) -> float:
+    """In keys, of those that are worth trying."""
+    return (1 - _LEAST_LEFT_OUT) * problem.shape.hints[2]

@@ -11,6 +11,8 @@ from typing import Any
 
 from adaattn_compiler.decision import (
     HeadDecision,
+    KeyBasis,
+    Nystrom,
     Pattern,
     Pooling,
     Precision,
@@ -93,11 +95,33 @@ _POOLING = Record(
         "keys": Field(OneOf({n: n for n in (8, 16, 32, 64)}), "keys that share one mean elsewhere"),
     },
 )
+_NYSTROM = Record(
+    Nystrom,
+    {
+        "landmarks": Field(
+            OneOf({n: n for n in (16, 32, 64, 128, 256)}), "means that rows, and keys, go through"
+        )
+    },
+)
+_BASIS = Record(
+    KeyBasis,
+    {
+        "rank": Field(
+            OneOf({n: n for n in range(8, 257, 8)}), "dimensions in which scores are computed"
+        ),
+        "matrix": Field(
+            Text("[A-Za-z0-9+/]+={0,2}", "numbers in base64"),
+            "orthonormal directions, float32 (little-endian) [D, rank] row by row, in base64",
+        ),
+    },
+)
 _PRECISION = OneOf({precision.value: precision for precision in Precision})
 _DECISION: Mapping[str, Field] = {
     "pattern": Field(_PATTERN, "fixed blocks of keys", optional=True),
     "selection": Field(_SELECTION, "blocks of keys chosen in each call", optional=True),
     "pooling": Field(_POOLING, "near keys each by itself, others by their means", optional=True),
+    "nystrom": Field(_NYSTROM, "all rows and keys through landmarks", optional=True),
+    "basis": Field(_BASIS, "scores in few directions of the keys", optional=True),
     "scores": Field(_PRECISION, "what Q and K are rounded to in their product"),
     "values": Field(_PRECISION, "what P and V are rounded to in their product"),
     "skip": Field(
@@ -133,7 +157,7 @@ _HEAD = Record(
         "error": Field(_MEASURED, "what was measured of this decision", optional=True),
     },
     parts=_head_parts,
-    exclusive=("pattern", "selection", "pooling"),
+    exclusive=("pattern", "selection", "pooling", "nystrom"),
 )
 _ENVELOPE = Record(
     Envelope,
@@ -183,6 +207,11 @@ _SITE = Record(
                 },
             ),
             "what it takes on the device of the policy",
+            optional=True,
+        ),
+        "statistics": Field(
+            MapOf(_WORDS, ListOf(_FINITE, "a list of numbers, one for each head", 1)),
+            "what heads do when computed exactly, by name; decides nothing",
             optional=True,
         ),
         "weights": Field(

@@ -1,7 +1,8 @@
 """What a site's heads have met since a model was compiled under a policy: one tensor for each site.
 
 The tensor is an input of the compiled graph, beside the user's, so that it may change from call to
-call and belongs to one model. float64 [H, len(Column)].
+call and belongs to one model. float64 [H, len(Column)], with more rows below where the heads are
+decided online.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ class Column(enum.IntEnum):
     failed_audit: of the others, why exactly. audits: calls whose rows were compared. wrong, whole:
     moving averages of |given - exact|^2 and |exact|^2, summed over the compared rows. worst: the
     largest relative error of one call. demoted: 1 where the head is computed exactly from then on.
+    square: the moving average of |given - exact|^4, from which the uncertainty of `wrong` follows.
     """
 
     CALLS = 0
@@ -28,11 +30,25 @@ class Column(enum.IntEnum):
     WHOLE = 6
     WORST = 7
     DEMOTED = 8
+    SQUARE = 9
 
 
-def new_state(heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
+@dataclass(frozen=True)
+class StateForm:
+    """What a state has after the rows of its heads, nothing for a policy's. rows: how many more.
+    plan: the text of the plan that they are of (kernels/online.py). weights: the fingerprint of the
+    parameters that the site's module had."""
+
+    rows: int = 0
+    plan: str = ""
+    weights: str | None = None
+
+
+def new_state(
+    heads: int, device: torch.device | str = "cpu", form: StateForm = StateForm()
+) -> torch.Tensor:
     """The state of a site that nothing has run through."""
-    return torch.zeros(heads, len(Column), dtype=torch.float64, device=device)
+    return torch.zeros(heads + form.rows, len(Column), dtype=torch.float64, device=device)
 
 
 @dataclass(frozen=True)

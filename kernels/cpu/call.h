@@ -51,8 +51,10 @@ struct Call {
   int64_t place_count;
   double* compared;
 
-  // Whether `out` and `lse` hold what other keys gave, to which these keys' part is joined.
+  // Whether `out` and `lse` hold what other keys gave, to which these keys' part is joined; log_count is
+  // then added to all of its scores.
   int64_t joins;
+  double log_count;
 };
 
 enum Mode : int32_t { kScoresInBfloat16 = 1, kValuesInBfloat16 = 2 };
@@ -84,7 +86,7 @@ struct BackwardCall {
   const OperandGradient* gradients;  // one for each operand; null where nobody asks for any
 };
 
-static_assert(sizeof(Call) == 44 * 8 && sizeof(BackwardCall) == (44 + 17) * 8 &&
+static_assert(sizeof(Call) == 45 * 8 && sizeof(BackwardCall) == (45 + 17) * 8 &&
                   sizeof(Operand) == 5 * 8 && sizeof(OperandGradient) == 6 * 8,
               "all members are of 64 bits");
 

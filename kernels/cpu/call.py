@@ -62,7 +62,8 @@ class Arguments:
     seed: of dropout. Of each row, contiguous or None: lse [B,H,M], statistics [B,H,M,2] (the
     largest score, the sum of exp(score - largest)), both float32; skipped [B,H], int64, is added
     to: how often a row has left out a block of keys. places, compared: of an audit (`audit`).
-    joins: whether out and lse hold what other keys gave, to which these are joined.
+    joins: whether out and lse hold what other keys gave, to which these are joined, log_count added
+    to their scores.
     """
 
     q: torch.Tensor
@@ -79,6 +80,7 @@ class Arguments:
     places: Sequence[int] = ()
     compared: torch.Tensor | None = None
     joins: bool = False
+    log_count: float = 0.0
 
 
 def forward(compiled: ctypes.CDLL, arguments: Arguments) -> int:
@@ -164,7 +166,7 @@ def backward(
     return int(compiled.attention_backward(call + struct.pack(f"{len(further)}q", *further)))
 
 
-_CALL = struct.Struct("39qQ4q")  # the seed has no sign
+_CALL = struct.Struct("39qQ4qd")  # the seed has no sign
 _DECIDED = struct.Struct("8q")
 _Row = ctypes.Array[ctypes.c_int64]
 
@@ -173,7 +175,7 @@ def _row_of(numbers: Sequence[int]) -> _Row:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _call_of(given: Arguments, operands: _Row, params: _Row, places: _Row) -> tuple[int, ...]:
+def _call_of(given: Arguments, operands: _Row, params: _Row, places: _Row) -> tuple[float, ...]:
     """Call."""
     return (
         *_tensor_of(given.q),
@@ -194,6 +196,7 @@ def _call_of(given: Arguments, operands: _Row, params: _Row, places: _Row) -> tu
         len(given.places),
         _address(given.compared),
         given.joins,
+        given.log_count,
     )
 
 

@@ -22,24 +22,21 @@ import torch
 
 from adaattn_compiler.decision import HeadDecision, Precision
 from adaattn_compiler.kernels.audit import audited_rows
-from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
 from adaattn_compiler.kernels.cpu.call import (
     SCORES_IN_BFLOAT16,
     VALUES_IN_BFLOAT16,
     Judgement,
     Plan,
 )
-from adaattn_compiler.kernels.cpu.plans import BLOCK, lists_by_head
+from adaattn_compiler.kernels.cpu.decided_lists import DecidedLists, decided_lists
+from adaattn_compiler.kernels.cpu.parts import parts_of
+from adaattn_compiler.kernels.cpu.plans import lists_by_head
 from adaattn_compiler.kernels.cpu.runner import cpp_runner
 from adaattn_compiler.kernels.decided import DecidedPlan
-from adaattn_compiler.kernels.evaluate import evaluate_dense
 from adaattn_compiler.kernels.kept import Kept
-from adaattn_compiler.kernels.patterns import kept_blocks
 from adaattn_compiler.kernels.selection import selected_blocks
 from adaattn_compiler.runtime.state import Column
-from adaattn_compiler.spec import Load, M, N, param
-from adaattn_compiler.spec import k as key
-from adaattn_compiler.spec import q as row
+from adaattn_compiler.spec import Load
 
 _KEPT_LENGTHS = 16
 # Rows that the library audits at once.
@@ -70,21 +67,13 @@ def decided_runner(plan: str) -> DecidedRunner:
 
 
 @dataclass(frozen=True)
-class _Lists:
-    """Blocks of one pair of lengths. structure: what the mask leaves. kept: of it what patterns
-    keep, bool [H, row blocks, key blocks]. decided, exact: offsets [1,H,row blocks + 1] of heads
-    with those and of exact ones, both places in `blocks`. all_decided: the plan with all heads as
-    decided. judgement: of a call with them. whole: whether patterns were dropped, as rows might be
-    left without a key."""
+class _Prepared:
+    """Of one pair of lengths. all_decided: the plan with all heads as decided. judgement: of a call
+    with it."""
 
-    structure: BlockStructure
-    kept: torch.Tensor
-    decided: torch.Tensor
-    exact: torch.Tensor
-    blocks: torch.Tensor
+    lists: DecidedLists
     all_decided: Plan
     judgement: Judgement
-    whole: bool
 
 
 class DecidedRunner:
@@ -105,7 +94,8 @@ class DecidedRunner:
         patterns = any(head.pattern or head.selection for head in plan.heads)
         self._selections = {head.selection for head in plan.heads} - {None}
         self._may_be_empty = patterns and self.spec.score.has(Load)
-        self._lists: Kept[_Lists] = Kept(_KEPT_LENGTHS)
+        self._parts = parts_of(self._base.made_for, plan.heads, self._modes, self._skip)
+        self._kept: Kept[_Prepared] = Kept(_KEPT_LENGTHS)
         self._lock = threading.Lock()
 
     def check(
@@ -129,10 +119,10 @@ class DecidedRunner:
         state: torch.Tensor,
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; what happened is added to the state."""
-        if not self._selections:
-            lists = self._lists_of(q.shape[2], k.shape[2], params)
+        if not self._selections and not self._parts:
+            ready = self._prepared(q.shape[2], k.shape[2], params)
             done = self._base.decided(
-                q, k, v, operands, params, lists.all_decided, flags, lists.judgement, state
+                q, k, v, operands, params, ready.all_decided, flags, ready.judgement, state
             )
             if done is not None:
                 return done
@@ -149,7 +139,7 @@ class DecidedRunner:
         state: torch.Tensor,
     ) -> torch.Tensor:
         """What decided.h does in one call, for what it does not do: blocks that are chosen in the
-        call, and inputs that are not finite."""
+        call, parts, and inputs that are not finite."""
         given = (q, k, v, operands, params)
         out = self._computed(*given, flags)
         if out is None:
@@ -179,19 +169,24 @@ class DecidedRunner:
         params: Sequence[int],
         flags: torch.Tensor,
     ) -> torch.Tensor | None:
-        """None where a pattern left a row without a key."""
+        """None where a pattern left a row without a key, or something is not finite."""
         which = flags == AS_DECIDED
         if not bool(which.any()):
             return self._base(q, k, v, operands, params)
-        lists = self._lists_of(q.shape[2], k.shape[2], params)
-        plan = self._plan(lists, which)
+        ready = self._prepared(q.shape[2], k.shape[2], params)
+        lists, plan = ready.lists, self._plan(ready, which)
         if self._selections and not lists.whole:
             plan = self._selected(lists, which, plan, q, k)
-        if not self._may_be_empty:
+        if not self._may_be_empty and not lists.parts:
             return self._base(q, k, v, operands, params, plan, checked=True)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         out = self._base(q, k, v, operands, params, plan, lse=lse, checked=True)
-        return None if bool(torch.isneginf(lse).any()) else out
+        given = (q, k, v, operands, params)
+        for part, own in zip(self._parts, lists.parts, strict=False):  # none where lists are whole
+            its = which & part.heads
+            if bool(its.any()) and not part.join(given, own, its, out, lse):
+                return None
+        return None if self._may_be_empty and bool(torch.isneginf(lse).any()) else out
 
     # -- audits --------------------------------------------------------------------------------
 
@@ -241,9 +236,10 @@ class DecidedRunner:
 
     # -- lists ---------------------------------------------------------------------------------
 
-    def _plan(self, lists: _Lists, as_decided: torch.Tensor) -> Plan:
+    def _plan(self, ready: _Prepared, as_decided: torch.Tensor) -> Plan:
         if bool(as_decided.all()):
-            return lists.all_decided
+            return ready.all_decided
+        lists = ready.lists
         offsets = torch.where(as_decided[..., None], lists.decided, lists.exact)
         modes = torch.where(as_decided, self._modes, 0).to(torch.int32)
         skip = None
@@ -252,7 +248,12 @@ class DecidedRunner:
         return Plan(offsets, lists.blocks, modes=modes, skip=skip)
 
     def _selected(
-        self, lists: _Lists, as_decided: torch.Tensor, plan: Plan, q: torch.Tensor, k: torch.Tensor
+        self,
+        lists: DecidedLists,
+        as_decided: torch.Tensor,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor,
     ) -> Plan:
         """The plan with the blocks that this call's queries and keys choose."""
         structure = lists.structure
@@ -265,40 +266,22 @@ class DecidedRunner:
             seen = torch.where((as_decided & theirs)[..., None, None], found, seen)
         return dataclasses.replace(plan, **_named(lists_by_head(seen, structure.partial)))
 
-    def _lists_of(self, rows: int, columns: int, params: Sequence[int]) -> _Lists:
-        return self._lists.get(
-            (rows, columns, *params), lambda: self._made_lists(rows, columns, params)
-        )
+    def _prepared(self, rows: int, columns: int, params: Sequence[int]) -> _Prepared:
+        return self._kept.get((rows, columns, *params), lambda: self._made(rows, columns, params))
 
-    def _made_lists(self, rows: int, columns: int, params: Sequence[int]) -> _Lists:
-        structure = block_structure(self.spec.mask, rows, columns, *BLOCK, params)
-        allowed = structure.partial | structure.full
-        kept = torch.stack([kept_blocks(head, rows, columns) for head in self.plan.heads])
-        whole = not self._sees_itself(rows, columns, params)
-        kept = allowed & (kept | whole)
-        # The exact heads' lists after those as decided.
-        offsets, blocks = lists_by_head(torch.cat([kept, allowed[None]])[None], structure.partial)
-        decided, exact = offsets[:, :-1].contiguous(), offsets[:, -1:].expand(1, len(kept), -1)
-        every = Plan(decided, blocks, modes=self._modes, skip=self._skip)
+    def _made(self, rows: int, columns: int, params: Sequence[int]) -> _Prepared:
+        sizes = (rows, columns)
+        lists = decided_lists(self.spec, self.plan.heads, self._parts, sizes, params)
         judgement = Judgement(
-            offsets[0, -1].contiguous(),
+            lists.exact[0, 0].contiguous(),
             torch.from_numpy(self._limits),
             torch.from_numpy(self._budgets),
             self.plan.rows,
             self.spec.mask != sympy.true,
             self._may_be_empty,
         )
-        return _Lists(structure, kept, decided, exact, blocks, every, judgement, whole)
-
-    def _sees_itself(self, rows: int, columns: int, params: Sequence[int]) -> bool:
-        """Whether every row attends to the key at its own position, which every pattern keeps: if
-        not, a pattern might leave a row without a key."""
-        if rows > columns:
-            return False
-        sizes = {M: rows, N: columns, **{param(i): n for i, n in enumerate(params)}}
-        mask = sympy.sympify(self.spec.mask).subs(key, row + (columns - rows)).subs(sizes)
-        seen = evaluate_dense(mask, {row: torch.arange(rows)}, (), partial=True)
-        return bool(torch.as_tensor(seen).all())
+        every = Plan(lists.decided, lists.blocks, modes=self._modes, skip=self._skip)
+        return _Prepared(lists, every, judgement)
 
 
 def _named(lists: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -94,7 +94,10 @@ static void join_row(const Call& call, float lse, int64_t place, float factor, c
   const float new_part = std::exp(lse - both), whole = old_part + new_part;
   call.lse[place] = both + std::log(whole);
   const float keep = old_part / whole, add = new_part / whole * factor;
-  for (int e = 0; e < kValueDim; ++e) to[e] = from_float<Number>(to_float(to[e]) * keep + weighted[e] * add);
+  for (int e = 0; e < kValueDim; ++e) {
+    const float old = before == -kInfinity ? 0.0f : to_float(to[e]) * keep;  // `out` may be NaN there
+    to[e] = from_float<Number>(old + weighted[e] * add);
+  }
 }
 
 // The result of one row from its maximum, its sum and its weighted sum of values.
@@ -108,7 +111,7 @@ static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t ro
     call.statistics[2 * place + 1] = sum;
   }
   Number* to = const_cast<Number*>(row_of(call.out, batch, head, row));
-  if (call.joins) return join_row(call, lse, place, scale / sum, weighted, to);
+  if (call.joins) return join_row(call, lse + float(call.log_count), place, scale / sum, weighted, to);
   if (call.lse) call.lse[place] = lse;
   if (largest == -kInfinity) return fill_empty_row(call, batch, head / kGroup, to);
   const float inverse = scale / sum;

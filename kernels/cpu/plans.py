@@ -25,14 +25,14 @@ def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:
 def lists_by_head(seen: torch.Tensor, partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(offsets, blocks) of a Plan whose heads see blocks of their own.
 
-    seen: bool [B|1, H|1, row blocks, key blocks]; partial: [row blocks, key blocks], which of them
-    the mask cuts.
+    seen: bool [B|1, H|1, row blocks, key blocks]; partial: which of them the mask cuts, expands to
+    the same.
     """
     counts = seen.sum(-1, dtype=torch.int32)
     ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
     offsets = torch.cat([(ends - counts)[..., :1], ends], -1)
-    _, _, row, column = seen.nonzero(as_tuple=True)
-    return offsets, (2 * column + partial[row, column]).to(torch.int32)
+    column = seen.nonzero()[:, 3]
+    return offsets, (2 * column + partial.expand_as(seen)[seen]).to(torch.int32)
 
 
 def every_block(blocks: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:

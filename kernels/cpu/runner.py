@@ -49,7 +49,7 @@ from adaattn_compiler.spec import AttentionSpec
 
 # Up to so many rows the library finds for itself which blocks are attended to (decode.h): a cache
 # that grows has another length in each call.
-_FEW_ROWS = 8
+FEW_ROWS = 8
 _KEPT_LENGTHS = 16
 
 
@@ -67,7 +67,11 @@ def configuration_of(problem: Problem, mixed: bool = False) -> Configuration:
 
 def plan_of(problem: Problem, mixed: bool = False) -> str:
     """A problem as text from which its runner can be made anew in any process."""
-    made_for = configuration_of(problem, mixed)
+    return text_of(configuration_of(problem, mixed))
+
+
+def text_of(made_for: Configuration) -> str:
+    """What a library is generated for, as `plan_of` has it."""
     return repr(
         {
             "kernel": "cpp",
@@ -212,6 +216,34 @@ class CppRunner:
         status = decided(self._library, given, flags.contiguous(), judgement, state)
         return out if _is_done(status) else None
 
+    def join(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+        plan: Plan,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        log_count: float = 0.0,
+    ) -> bool:
+        """Join what these keys give to out [B,H,M,E] and lse, float32 [B,H,M], which hold what
+        others gave, as if all had been in one softmax. log_count: added to all scores, the
+        logarithm of how many keys each of these stands for. Not for eight rows or fewer.
+
+        False, out and lse then half written, where something is not finite.
+        """
+        self._check(q, k, v, operands)
+        assert q.shape[2] > FEW_ROWS
+        assert out.stride(-1) == 1
+        q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
+        stored = self._stored(operands)
+        given = Arguments(
+            q, k, v, out, stored, params, plan, lse=lse, joins=True, log_count=log_count
+        )
+        return _is_done(forward(self._library, given))
+
     def audit(
         self,
         q: torch.Tensor,
@@ -228,7 +260,7 @@ class CppRunner:
         without a key count as right; where something is not finite the sums are NaN.
         """
         assert out.stride(-1) == 1
-        assert 0 < len(places) <= _FEW_ROWS
+        assert 0 < len(places) <= FEW_ROWS
         sums = torch.zeros(*out.shape[:2], 2, dtype=torch.float64)
         q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
         plan = self._every_plan(k.shape[2])
@@ -300,7 +332,7 @@ class CppRunner:
         ]
 
     def _forward_plan(self, rows: int, columns: int, params: Sequence[int]) -> Plan:
-        if rows > _FEW_ROWS:
+        if rows > FEW_ROWS:
             return self._exact_plan(rows, columns, params)
         return self._every_plan(columns)
 

@@ -25,7 +25,7 @@ from adaattn_compiler.kernels.cpu.runner import cpp_runner, plan_of
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.decided_kernel import decision_refusal
 from adaattn_compiler.kernels.envelope import guard_statistics, names
-from adaattn_compiler.kernels.patterns import pattern_blocks
+from adaattn_compiler.kernels.patterns import pattern_blocks, sees_itself
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.runtime.state import Column, head_stats, new_state
@@ -76,7 +76,7 @@ def test_each_head_is_computed_as_decided(name: str) -> None:
     runner = DecidedRunner(plan_for(problem, heads))
     state = new_state(4)
     out = runner(*tensors, operands, problem.param_hints, flags_of(problem), state)
-    if not runner._sees_itself(90, 90, problem.param_hints):
+    if not sees_itself(problem.spec.mask, 90, 90, problem.param_hints):
         heads = (EXACT,) * 4
     true = by_head(problem, heads, torch.float64)
     eager = by_head(problem, heads, torch.float32)
@@ -289,7 +289,7 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
         ("padding", WINDOW, "the mask depends on the input"),
         ("causal padding nan", BF16, "cannot be audited"),
         ("padding", HeadDecision(selection=Selection(0.9)), "the mask depends on the input"),
-        ("causal", HeadDecision(pooling=Pooling(Pattern(0), 8)), "means"),
+        ("alibi", HeadDecision(pooling=Pooling(Pattern(0), 8)), "of the product alone"),
         ("causal", HeadDecision(scores=Precision.FP16), "fp32 and bf16"),
     ],
 )

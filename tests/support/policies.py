@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 
 from adaattn_compiler.decision import (
     EXACT,
     HeadDecision,
+    KeyBasis,
+    Nystrom,
     Pattern,
     Pooling,
     Precision,
@@ -27,6 +30,7 @@ from adaattn_compiler.policy import (
 )
 
 BF16 = HeadDecision(scores=Precision.BF16, values=Precision.BF16)
+BASIS = KeyBasis.of(torch.eye(64)[:, :8])
 # A head of each representation.
 HEADS = (
     EXACT,
@@ -100,6 +104,11 @@ _kinds: st.SearchStrategy[dict[str, Any]] = st.one_of(
     ),
     st.fixed_dictionaries(
         {"pooling": st.builds(Pooling, _patterns, st.sampled_from((8, 16, 32, 64)))}
+    ),
+    st.fixed_dictionaries({"nystrom": st.builds(Nystrom, st.sampled_from((16, 64, 256)))}),
+    st.fixed_dictionaries(
+        {"basis": st.sampled_from((BASIS, KeyBasis.of(torch.ones(3, 24))))},
+        optional={"pattern": _patterns},
     ),
 )
 _heads = st.builds(
