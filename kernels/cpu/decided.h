@@ -24,6 +24,8 @@ constexpr int32_t kDecidedFlag = 1, kOutsideFlag = 0, kOffFlag = -1;
 // so many; audits before a head may be demoted; standard errors by which it must be over its budget.
 constexpr double kKeep = 0.98, kMostCounted = (1 + kKeep) / (1 - kKeep), kLeastAudits = 16, kSure = 2;
 constexpr double kLeastSum = 1e-200;  // so that nothing is divided by 0
+// Of so many key heads the query heads of one are audited in each call, in turns.
+constexpr int64_t kTurns = 4;
 
 // All members of 64 bits; kernels/cpu/call.py fills it.
 struct DecidedCall {
@@ -47,28 +49,33 @@ class Decided {
         ends_((call_.rows + kBlockRows - 1) / kBlockRows + 1),
         flags_(buffer_of<int32_t>(items_)),
         sums_(buffer_of<double>(2 * items_)),
+        audited_(buffer_of<bool>(items_)),
         offsets_(buffer_of<int32_t>(items_ * ends_)),
         modes_(buffer_of<int32_t>(items_)),
         skip_(buffer_of<float>(items_)),
         lse_(buffer_of<float>(given.may_be_empty ? items_ * call_.rows : 0)) {}
 
   Status run() {
-    if (!flags_ || !sums_ || !offsets_ || !modes_ || !skip_ || !lse_) return kNoMemory;
+    if (!flags_ || !sums_ || !audited_ || !offsets_ || !modes_ || !skip_ || !lse_) return kNoMemory;
     std::memcpy(flags_.get(), given_.flags, sizeof(int32_t) * items_);
     bool tried = false;
     for (int64_t i = 0; i < items_; ++i) tried |= flags_[i] == kDecidedFlag;
     Status status = compute();
     if (status != kDone) return status;
     bool off = given_.may_be_empty && tried && leaves_rows_empty();
-    const bool audits = tried && !off && given_.audited_rows > 0;
-    if (audits) {
-      status = audit();
+    std::memset(audited_.get(), 0, sizeof(bool) * items_);
+    if (tried && !off && given_.audited_rows > 0) {
+      status = audit(false);
+      // Where one head is off, the others may be: those whose turn it is not are looked at, too.
+      off = status == kDone ? judge() : status == kNotFinite;
+      if (off && status == kDone) status = audit(true);
       if (status == kNoMemory) return status;
-      off = judge(status == kDone);
+      if (off) judge();
+      if (status == kNotFinite) doubt_all();
     }
     if (off) status = compute();
     if (status == kNoMemory) return status;
-    note(audits);
+    note();
     return kDone;
   }
 
@@ -117,16 +124,29 @@ class Decided {
     return int64_t((double(part) + share) * double(call_.rows) / double(parts));
   }
 
-  Status audit() {
+  // Whose turn it is, of the key heads.
+  bool is_turn_of(int64_t kv_head) const {
+    const int64_t kv_heads = call_.heads / kGroup, turns = kv_heads < kTurns ? kv_heads : kTurns;
+    return (int64_t(given_.state[kCalls]) / call_.batch + kv_head) % turns == 0;
+  }
+
+  // The heads whose turn it is, or all others.
+  Status audit(bool others) {
     const int64_t blocks = (call_.columns + kBlockKeys - 1) / kBlockKeys;
     auto every = buffer_of<int32_t>(blocks);
-    if (!every) return kNoMemory;
+    auto ends = buffer_of<int32_t>(2 * call_.heads);
+    if (!every || !ends) return kNoMemory;
     for (int64_t i = 0; i < blocks; ++i) every[i] = int32_t(2 * i + given_.masked);
-    const int32_t ends[2] = {0, int32_t(blocks)};
+    for (int64_t head = 0; head < call_.heads; ++head) {
+      const bool its = is_turn_of(head / kGroup) != others;
+      ends[2 * head] = 0, ends[2 * head + 1] = its ? int32_t(blocks) : 0;
+      for (int64_t i = head; its && i < items_; i += call_.heads)
+        audited_[i] = given_.flags[i] == kDecidedFlag;
+    }
     Call call = call_;
-    call.offsets = ends, call.blocks = every.get(), call.list_batch_stride = 0;
-    call.list_head_stride = 0, call.key_bias = nullptr;
-    std::memset(sums_.get(), 0, sizeof(double) * 2 * items_);
+    call.offsets = ends.get(), call.blocks = every.get(), call.list_batch_stride = 0;
+    call.list_head_stride = 2, call.key_bias = nullptr;
+    if (!others) std::memset(sums_.get(), 0, sizeof(double) * 2 * items_);
     call.compared = sums_.get();
     const int64_t parts = given_.audited_rows < call.rows ? given_.audited_rows : call.rows;
     Status status = kDone;
@@ -144,21 +164,28 @@ class Decided {
     return std::sqrt(wrong / (whole < kLeastSum ? kLeastSum : whole));
   }
 
-  // Whether a head is off, as its flag says from now on; all are where something is not finite.
-  bool judge(bool finite) {
+  // Whether a head that was audited is off, as its flag says from now on.
+  bool judge() {
     bool off = false;
     for (int64_t i = 0; i < items_; ++i) {
-      if (flags_[i] != kDecidedFlag) continue;
-      if (finite && error_of(sums_[2 * i], sums_[2 * i + 1]) <= given_.limits[i % call_.heads])
-        continue;
+      if (!audited_[i] || flags_[i] != kDecidedFlag) continue;
+      if (error_of(sums_[2 * i], sums_[2 * i + 1]) <= given_.limits[i % call_.heads]) continue;
       flags_[i] = kOffFlag;
       off = true;
     }
     return off;
   }
 
+  // Something is not finite: all are off, and nothing was seen of their errors.
+  void doubt_all() {
+    for (int64_t i = 0; i < items_; ++i) {
+      if (flags_[i] == kDecidedFlag) flags_[i] = kOffFlag;
+      audited_[i] = false;
+    }
+  }
+
   // Counts, moving averages, demotions. Errors count of what was as decided at first.
-  void note(bool audited) {
+  void note() {
     static std::mutex mutex;
     const std::lock_guard<std::mutex> lock(mutex);
     for (int64_t head = 0; head < call_.heads; ++head) {
@@ -170,7 +197,7 @@ class Decided {
         state[kAsDecided] += flags_[i] == kDecidedFlag;
         state[kLeftEnvelope] += flags_[i] == kOutsideFlag;
         state[kFailedAudit] += flags_[i] == kOffFlag;
-        if (!audited || given_.flags[i] != kDecidedFlag) continue;
+        if (!audited_[i]) continue;
         wrong += sums_[2 * i], whole += sums_[2 * i + 1], tried = true;
       }
       if (tried) average(state, wrong, whole, given_.budgets[head]);
@@ -204,6 +231,7 @@ class Decided {
   int64_t items_, ends_;
   Buffer<int32_t> flags_;
   Buffer<double> sums_;
+  Buffer<bool> audited_;
   Buffer<int32_t> offsets_, modes_;
   Buffer<float> skip_, lse_;
 };

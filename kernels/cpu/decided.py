@@ -46,6 +46,8 @@ _ROWS_AT_ONCE = 8
 # budget (decided.h has the same).
 _KEEP, _LEAST_AUDITS, _SURE = 0.98, 16, 2.0
 _MOST_COUNTED = (1 + _KEEP) / (1 - _KEEP)
+# Of so many key heads the query heads of one are audited in each call (decided.h has the same).
+_TURNS = 4
 # So that nothing is divided by 0.
 _LEAST_SUM = 1e-200
 
@@ -147,8 +149,13 @@ class DecidedRunner:
             out = self._base(*given)
         tried, sums = flags.numpy() == AS_DECIDED, None
         if self.plan.rows and tried.any():
-            sums = self._audited(*given, out, int(state[0, Column.CALLS])).numpy()
+            calls = int(state[0, Column.CALLS])
+            sums = self._audited(*given, out, calls).numpy()
+            # Where one head is off, the others may be: those whose turn it is not count, too.
             off = tried & ~(_errors(sums) <= self._limits)
+            turn = tried & self._whose_turn(calls // len(tried))
+            if not (off & turn).any():
+                tried, off = turn, off & turn
             if off.any():
                 flags = torch.from_numpy(
                     np.where(off, FAILED_AUDIT, flags.numpy()).astype(np.int32)
@@ -206,11 +213,17 @@ class DecidedRunner:
         sums = [self._base.audit(q, k, v, out, operands, params, part) for part in parts]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
+    def _whose_turn(self, calls: int) -> Array:
+        """bool [H]: of _TURNS key heads the query heads of one are audited in each call."""
+        heads = np.arange(len(self.plan.heads)) // self.spec.group
+        turns: Array = (calls + heads) % min(_TURNS, int(heads[-1]) + 1) == 0
+        return turns
+
     def _note(self, tried: Array, flags: Array, sums: Array | None, state: Array) -> None:
         """Count what the heads did, average their errors, demote those over their budgets.
 
-        tried: [B,H], which were computed as decided at first: their errors count, whether they
-        stayed so or not.
+        tried: [B,H], which were computed as decided at first and audited: their errors count,
+        whether they stayed so or not.
         """
         state[:, Column.CALLS] += len(flags)
         for column, flag in _COUNTED:

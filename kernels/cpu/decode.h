@@ -292,17 +292,20 @@ static int64_t attended_blocks(const Call& call, int64_t batch, int64_t head, in
 
 // The work of a call: heads that share keys and a list, and shares of the keys of each.
 struct Shares {
-  // Lists of their own keep the heads of a group apart.
+  // Lists of their own keep the heads of a group apart, but in an audit, where a group has one.
   explicit Shares(const Call& call)
-      : together(call.list_head_stride == 0 ? kGroup : 1),
+      : together(call.list_head_stride == 0 || call.places ? kGroup : 1),
         groups(call.heads / together),
         all_groups(call.batch * groups),
         rows(together * rows_of(call)),
         longest(0) {
-    for (int64_t group = 0; group < all_groups; ++group)
+    int64_t busy = 0;  // groups with any keys
+    for (int64_t group = 0; group < all_groups; ++group) {
+      busy += length_of(call, group) > 0;
       if (length_of(call, group) > longest) longest = length_of(call, group);
+    }
     // Two for each thread, that none waits long for another.
-    const int64_t wanted = all_groups ? (2 * call.threads + all_groups - 1) / all_groups : 0;
+    const int64_t wanted = busy ? (2 * call.threads + busy - 1) / busy : all_groups > 0;
     const int64_t most = longest / kLeastShare > 1 ? longest / kLeastShare : 1;
     shares = wanted < most ? wanted : most;
   }
@@ -354,9 +357,11 @@ static Status decode(const Call& call) {
     }
   }
   const int64_t each = rows_of(call);
-  for (int64_t group = 0; group < work.all_groups && status.load() == kDone; ++group)
+  for (int64_t group = 0; group < work.all_groups && status.load() == kDone; ++group) {
+    if (call.places && work.length_of(call, group) == 0) continue;  // not audited
     for (int64_t row = 0; row < work.rows; ++row)
       join(call, work.batch_of(group), work.head_of(group) + row / each, row % each,
            parts.get() + group * work.shares * work.rows + row, work.shares, work.rows);
+  }
   return Status(status.load());
 }

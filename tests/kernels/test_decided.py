@@ -135,12 +135,15 @@ def test_a_head_that_is_off_is_computed_exactly_in_the_same_call() -> None:
     tensors, operands = random_inputs(problem)
     runner = DecidedRunner(plan_for(problem, limit=(1e-3, 1e-3, 1.0, 1.0)))
     state = new_state(4)
-    out = runner(*tensors, operands, (), flags_of(problem), state)
     exact = cpp_runner(plan_of(problem))(*tensors, operands, ())
-    assert torch.equal(out[:, 1], exact[:, 1])
+    for turn in range(4):  # of four key heads one in each call
+        out = runner(*tensors, operands, (), flags_of(problem), state)
+        assert torch.equal(out[:, 1], exact[:, 1]) == (turn == 3)
     stats = head_stats(state)
     assert [head.failed_audit for head in stats] == [0, 2, 0, 0]
-    assert [head.as_decided for head in stats] == [2, 0, 2, 2]
+    assert [head.as_decided for head in stats] == [8, 6, 8, 8]
+    # All in the call in which one was off.
+    assert [head.audits for head in stats] == [2, 1, 2, 2]
     assert stats[1].worst is not None
     assert stats[1].worst > 1e-3
 
@@ -161,7 +164,7 @@ def test_the_library_does_in_one_call_what_the_steps_do(name: str, rows: int) ->
     whole, steps = new_state(4), new_state(4)
     every = flags_of(problem)
     some = torch.tensor([[1, 0, -2, 1], [0, 0, 0, 0]], dtype=torch.int32)
-    for turn in range(30):
+    for turn in range(90):
         flags = some if turn % 3 == 1 else every
         one = runner(*tensors, operands, params, flags, whole)
         other = runner._in_steps(*tensors, operands, params, flags, steps)
@@ -190,11 +193,12 @@ def test_moving_averages_are_those_of_the_sums() -> None:
     tensors, operands = random_inputs(problem)
     runner = DecidedRunner(plan_for(problem))
     state, before = new_state(4), None
-    for turn in range(3):
+    for turn in range(12):
         runner(*tensors, operands, (), flags_of(problem), state)
-        assert bool((state[:, Column.AUDITS] == turn + 1).all())
+        audits = sorted(int(count) for count in state[:, Column.AUDITS])
+        assert (sum(audits), audits[-1] - audits[0] <= 1) == (turn + 1, True)
         assert bool((state[:, Column.CALLS] == 2 * (turn + 1)).all())
-        if turn == 0:
+        if turn == 3:
             before = state[:, [Column.WRONG, Column.WHOLE]].clone()
     assert before is not None
     assert not torch.equal(before, state[:, [Column.WRONG, Column.WHOLE]])
