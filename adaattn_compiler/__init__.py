@@ -16,7 +16,8 @@ model and writes one, options={"policy": "policy.json"} runs it, `stats` tells w
 
 `Options` lists what can be set, with `torch.compile(..., options={"measure": False})` or in the
 environment: ADAATTN_ENABLED, ADAATTN_VALIDATE, ADAATTN_MEASURE, ADAATTN_KERNELS,
-ADAATTN_CACHE_DIR, ADAATTN_DUMP_DIR, ADAATTN_ANALYSIS_SECONDS, ADAATTN_POLICY, ADAATTN_AUDIT_ROWS.
+ADAATTN_CACHE_DIR, ADAATTN_DUMP_DIR, ADAATTN_ANALYSIS_SECONDS, ADAATTN_POLICY, ADAATTN_AUDIT_ROWS,
+ADAATTN_MODE, ADAATTN_ONLINE_CALLS, ADAATTN_ONLINE_BUDGET, ADAATTN_HEURISTIC.
 
 TORCH_LOGS="+adaattn_compiler" shows each decision, pass and failure.
 """

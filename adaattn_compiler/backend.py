@@ -17,12 +17,14 @@ from torch import fx
 
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.decide import chooser_of
+from adaattn_compiler.passes.lower import Lowered
 from adaattn_compiler.passes.pipeline import Analysis, rewrite
+from adaattn_compiler.passes.weights import GraphWeights
 from adaattn_compiler.policy import Policy
 from adaattn_compiler.records import SiteRecord, records
 from adaattn_compiler.report import dump, log_sites
 from adaattn_compiler.runtime.assumptions import Assumptions
-from adaattn_compiler.runtime.states import STATES, StateKey
+from adaattn_compiler.runtime.states import ONLINE, BoundSite, BoundStates, StateKey
 
 log = logging.getLogger("adaattn_compiler")
 
@@ -55,16 +57,17 @@ def adaattn(
     if analysis.graph_module is None:
         return _inductor(graph_module, example_inputs, mode, inductors)
     original = copy.deepcopy(graph_module) if analysis.assumes else graph_module
-    states = states_of(analysis, example_inputs, ours.policy)
+    states = states_of(analysis, graph_module, example_inputs, ours.policy)
     try:
-        compiled = _inductor(analysis.graph_module, [*example_inputs, *states], mode, inductors)
+        inputs = [*example_inputs, *states.of(example_inputs)]
+        compiled = _inductor(analysis.graph_module, inputs, mode, inductors)
     except torch._dynamo.exc.RestartAnalysis:
         raise
     except Exception as error:
         log.warning("Inductor failed on the rewritten graph, it gets the original: %r", error)
         log.debug("where Inductor failed", exc_info=True)
         return _inductor(graph_module, example_inputs, mode, inductors)
-    if states:
+    if analysis.states:
         compiled = WithStates(compiled, states)
     if not analysis.assumes:
         return compiled
@@ -94,27 +97,32 @@ class WithStates:
     """A compiled graph that takes the states of its sites after its other inputs."""
 
     compiled: Compiled
-    states: tuple[torch.Tensor, ...]
+    states: BoundStates
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.compiled(*inputs, *self.states)
+        return self.compiled(*inputs, *self.states.of(inputs))
 
 
 def states_of(
-    analysis: Analysis, inputs: Sequence[Any], policy: Policy | None
-) -> tuple[torch.Tensor, ...]:
-    """The states of an analysis's sites, which belong to the model that these inputs are of."""
-    if policy is None:
-        return ()
-    owner = next((i for i in inputs if isinstance(i, torch.nn.Parameter)), None)
-    return tuple(
-        STATES.of(
-            owner,
-            StateKey(policy.key(), site.key.name, site.key.ordinal),
-            site.problem.shape.heads,
-            site.problem.device,
-        )
-        for site in analysis.states
+    analysis: Analysis,
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    policy: Policy | None,
+) -> BoundStates:
+    """The states of an analysis's sites."""
+    weights = GraphWeights(graph_module, inputs)
+    return BoundStates([_bound(site, weights, policy) for site in analysis.states], inputs)
+
+
+def _bound(site: Lowered, weights: GraphWeights, policy: Policy | None) -> BoundSite:
+    name, ordinal = site.key.name, site.key.ordinal
+    decided = None if policy is None else policy.site(name, ordinal)
+    return BoundSite(
+        StateKey(ONLINE if policy is None else policy.key(), name, ordinal, site.choice.form),
+        site.problem.shape.heads,
+        site.problem.device,
+        weights.places(name) or weights.places(""),
+        None if decided is None else decided.weights,
     )
 
 

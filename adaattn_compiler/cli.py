@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -53,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         _check(given)
-        explanation = _explained(given, _subject(given))
+        with _quiet():
+            explanation = _explained(given, _subject(given))
     except Fault as fault:
         return _failed(given, str(fault), _MISUSED if fault.is_usage else _FAILED)
     except (
@@ -66,6 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough; nothing is left for the exit to write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _EXPLAINED
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Triton says of its own settings, to which nothing here is a reply."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TRITON_", UserWarning)
+        yield
 
 
 def _failed(given: argparse.Namespace, message: str, status: int) -> int:
@@ -203,10 +214,11 @@ def _subject(given: argparse.Namespace) -> Subject:
 
 def _explained(given: argparse.Namespace, subject: Subject) -> Explanation:
     options = {**subject.options, **_options(given.options)}
+    said = (subject.said,) if subject.said and parse_options(options)[0].policy else ()
     run = given.model is not None if given.run is None else given.run
     try:
         with torch.set_grad_enabled(given.train):
-            return explain(
+            found = explain(
                 subject.model,
                 *subject.args,
                 options=options,
@@ -216,6 +228,7 @@ def _explained(given: argparse.Namespace, subject: Subject) -> Explanation:
                 run=run,
                 **subject.kwargs,
             )
+            return dataclasses.replace(found, notes=(*found.notes, *said))
     except Exception as error:
         raise Fault(
             f"the model could not be captured or run: {_said(error)}\n"

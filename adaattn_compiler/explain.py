@@ -69,7 +69,8 @@ class Explanation:
     def __str__(self) -> str:
         """Aligned tables of what was found and, for a target, of what it takes there; where they
         were asked for the sources, each once."""
-        rows = [table(self.sites, self.graphs)] if self.sites else []
+        is_elsewhere = self.target is not None
+        rows = [table(self.sites, self.graphs, is_elsewhere)] if self.sites else []
         if self.target is not None:
             rows += predictions(self.sites)
         return "\n".join([self._head(), *rows, *self.notes, *sources(self.sites)])
@@ -143,7 +144,7 @@ def explain(
     with _apart() as settings, contextlib.suppress(_Stopped):
         torch.compile(model, backend=backend, dynamic=dynamic, **settings)(*args, **kwargs)
     notes = [_NOT_RUN] if not run and _breaks() > breaks else []
-    return _explanation(graphs, notes, device)
+    return _explanation(graphs, notes, asked)
 
 
 class _Stopped(BaseException):
@@ -194,17 +195,16 @@ def _apart() -> Iterator[dict[str, Any]]:
         sizes.update(kept)
 
 
-def _explanation(
-    graphs: Sequence[_Graph], notes: Sequence[str], target: DeviceTarget | None
-) -> Explanation:
+def _explanation(graphs: Sequence[_Graph], notes: Sequence[str], asked: Asked) -> Explanation:
     sites = numbered(site for graph in graphs for site in graph.sites)
     seconds: dict[str, float] = {}
     for graph in graphs:
         for name, spent in graph.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + spent
     failed = sum(graph.failure is not None for graph in graphs)
-    found = (*_notes(graphs, sites), *notes, *_target_notes(sites, target))
-    device = None if target is None else target.name
+    found = (*_notes(graphs, sites), *notes, *_target_notes(sites, asked.target))
+    found += tuple(_source_notes(sites, asked)) if asked.source else ()
+    device = None if asked.target is None else asked.target.name
     return Explanation(sites, found, len(graphs), seconds, failed, device)
 
 
@@ -230,6 +230,25 @@ def _target_notes(sites: Sequence[SiteRecord], target: DeviceTarget | None) -> I
         yield _NO_TRITON
     if any(site.training for site in sites):
         yield _FORWARD_ONLY
+
+
+def _source_notes(sites: Sequence[SiteRecord], asked: Asked) -> Iterator[str]:
+    """Why there is no code to show, each reason once."""
+    missing: dict[str, list[str]] = {}
+    for site in sites:
+        if site.lowered and site.source is None:
+            missing.setdefault(_sourceless(site, asked.target), []).append(site.name or "(root)")
+    for reason, names in missing.items():
+        which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        yield f"no code to show for {which}: {reason}"
+
+
+def _sourceless(site: SiteRecord, target: DeviceTarget | None) -> str:
+    if target is None or target.capability is None:
+        return f"{site.kernel} is not generated from the attention"
+    found = site.prediction
+    reason = None if found is None else found.refusal or found.note
+    return reason or f"nothing is generated for {target.name}"
 
 
 __all__ = ["Explanation", "SiteRecord", "explain", "records"]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaattn_compiler.policy import Policy
+from adaattn_compiler.policy import Policy, PolicyError
 
 log = logging.getLogger("adaattn_compiler")
 
@@ -42,6 +42,11 @@ class Options:
     policy (None): a `Policy`, or the path of its file; without one everything is exact.
     audit_rows (2): how many query rows each call of a site that has a policy computes exactly, too,
     and compares: a head that is too far off there is exact in that call; 0 for none.
+    mode (None): "online": without a policy, each site measures in its first calls what its heads
+    may leave out, and then runs by that, guarded and audited.
+    online_calls (8): how many calls of a site that takes; they are exact, and slower.
+    online_budget (0.01): the relative error (L2) that a head's output may have by that.
+    heuristic (None): "seed": in that mode, what a head tries is proposed by fixed thresholds.
     """
 
     enabled: bool = True
@@ -53,6 +58,10 @@ class Options:
     analysis_seconds: float = 120.0
     policy: Policy | None = None
     audit_rows: int = 2
+    mode: str | None = None
+    online_calls: int = 8
+    online_budget: float = 0.01
+    heuristic: str | None = None
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -60,7 +69,16 @@ class Options:
         return tuple(field.name for field in dataclasses.fields(Options))
 
 
-_MOST_ROWS = 64
+_MOST_ROWS, _MOST_CALLS = 64, 1 << 16
+_CHOICES = {"mode": ("online",), "heuristic": ("seed",)}
+_NUMBERS = {
+    "analysis_seconds": "a number of seconds above 0",
+    "online_budget": "a relative error above 0, below 1",
+}
+_COUNTS = {
+    "audit_rows": (0, _MOST_ROWS, "a number of rows"),
+    "online_calls": (1, _MOST_CALLS, "a number of calls"),
+}
 _SWITCHES = ("enabled", "validate", "measure")
 _PREFIX = "ADAATTN_"
 _BENCHMARKS_PREFIX = "ADAATTN_BENCH_"
@@ -89,7 +107,21 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
                 f"AdaAttn's are {', '.join(Options.names())}; others must be options of Inductor "
                 "(torch._inductor.list_options() lists them)"
             )
-    return Options(**ours), inductors
+    options = Options(**ours)
+    _check_together(options)
+    return options, inductors
+
+
+def _check_together(options: Options) -> None:
+    if options.mode is not None and options.policy is not None:
+        raise ValueError(
+            f"options policy and mode={options.mode!r}: a policy has decided already; leave one out"
+        )
+    if options.heuristic is not None and options.mode is None:
+        raise ValueError(
+            f"option heuristic={options.heuristic!r}: it does nothing without mode='online' "
+            "(calibrate has an argument of that name)"
+        )
 
 
 def _inductors_names() -> list[str]:
@@ -139,13 +171,13 @@ def _parsed(name: str, text: str) -> Any:
         if text.lower() not in words:
             raise ValueError("it must be 1 or true, 0 or false")
         return words[text.lower()]
-    if name == "audit_rows" and text.isdecimal():
+    if name in _COUNTS and text.isdecimal():
         return int(text)
-    if name == "analysis_seconds":
+    if name in _NUMBERS:
         try:
             return float(text)
         except ValueError:
-            raise ValueError("it must be a number of seconds above 0") from None
+            raise ValueError(f"it must be {_NUMBERS[name]}") from None
     return text
 
 
@@ -157,12 +189,12 @@ def _checked(key: str, value: Any) -> Any:
         return value
     if key == "kernels":
         return _checked_kernels(value)
-    if key == "analysis_seconds":
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError("it must be a number of seconds above 0")
-        return float(value)
-    if key == "audit_rows":
-        return _checked_rows(value)
+    if key in _NUMBERS:
+        return _checked_number(key, value)
+    if key in _COUNTS:
+        return _checked_count(value, *_COUNTS[key])
+    if key in _CHOICES:
+        return _checked_choice(value, _CHOICES[key])
     if value is None and key in ("dump_dir", "policy"):
         return None
     if isinstance(value, Policy) and key == "policy":
@@ -170,13 +202,34 @@ def _checked(key: str, value: Any) -> Any:
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError("it must be a path" + (", or a Policy" if key == "policy" else ""))
     path = Path(value).expanduser()
-    return Policy.load(path) if key == "policy" else path
+    return _loaded(path) if key == "policy" else path
 
 
-def _checked_rows(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_ROWS:
-        raise ValueError(f"it must be a number of rows from 0 to {_MOST_ROWS}")
+def _loaded(path: Path) -> Policy:
+    """A refusal does not name the file: the message that it becomes a part of does."""
+    try:
+        return Policy.load(path)
+    except PolicyError as error:
+        raise ValueError(str(PolicyError(error.path, error.reason))) from None
+
+
+def _checked_number(key: str, value: Any) -> float:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not value > 0 or (key == "online_budget" and not value < 1):
+        raise ValueError(f"it must be {_NUMBERS[key]}")
+    return float(value)
+
+
+def _checked_count(value: Any, least: int, most: int, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"it must be {what} from {least} to {most}")
     return value
+
+
+def _checked_choice(value: Any, known: tuple[str, ...]) -> str | None:
+    if value is not None and value not in known:
+        raise ValueError(f"it must be {' or '.join(map(repr, known))}, or None")
+    return None if value is None else str(value)
 
 
 def _checked_kernels(value: Any) -> tuple[str, ...]:

@@ -17,9 +17,10 @@ log = logging.getLogger("adaattn_compiler")
 _HEADER = ("graph", "site", "spelling", "mask", "shape", "kernel", "decision", "reason")
 
 
-def table(sites: Sequence[SiteRecord], graphs: int = 1) -> str:
-    """Sites in aligned columns; which graph each is in where there are several."""
-    rows = [_HEADER, *(_row(site) for site in sites)]
+def table(sites: Sequence[SiteRecord], graphs: int = 1, is_elsewhere: bool = False) -> str:
+    """Sites in aligned columns; which graph each is in where there are several. is_elsewhere: the
+    kernel is that of the target that their predictions are for."""
+    rows = [_HEADER, *(_row(site, is_elsewhere) for site in sites)]
     if graphs == 1:
         rows = [row[1:] for row in rows]
     return _aligned(rows)
@@ -33,17 +34,25 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _row(site: SiteRecord) -> tuple[str, ...]:
+def _row(site: SiteRecord, is_elsewhere: bool) -> tuple[str, ...]:
     return (
         str(site.graph),
         _name(site),
         site.spelling,
         site.mask or "-",
         site.shape or "-",
-        site.kernel or "inductor",
+        _kernel_there(site) if is_elsewhere else site.kernel or "inductor",
         site.decision or "-",
         _reason(site),
     )
+
+
+def _kernel_there(site: SiteRecord) -> str:
+    """On the target: the generated one, "-" where that does not take the site."""
+    found = site.prediction
+    if found is None or found.tiles is not None:
+        return "inductor" if found is None else "triton"
+    return "-" if found.refusal else site.kernel or "inductor"
 
 
 def _reason(site: SiteRecord) -> str:

@@ -1,4 +1,4 @@
-"""`stats`: what the heads of a model that runs under a policy have met so far."""
+"""`stats`: what the heads of a model have met that runs under a policy, or decides online."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from adaattn_compiler.kernels.online_stats import OnlineStats, online_stats
 from adaattn_compiler.runtime.state import HeadStats, head_stats
-from adaattn_compiler.runtime.states import STATES
+from adaattn_compiler.runtime.states import STATES, StateKey
 
 _HEADER = (
     *("site", "head", "calls", "as decided", "out of range", "failed audit"),
@@ -17,12 +18,14 @@ _HEADER = (
 
 @dataclass(frozen=True)
 class SiteStats:
-    """One site. policy: the key of the policy that it runs under; heads: in order."""
+    """One site. policy: the key of the policy that it runs under, "online" where it decides for
+    itself; heads: in order. online: what it has gathered and decided in that mode."""
 
     name: str
     ordinal: int
     policy: str
     heads: tuple[HeadStats, ...]
+    online: OnlineStats | None = None
 
     @property
     def label(self) -> str:
@@ -49,11 +52,12 @@ class Stats:
             ).rstrip()
             for row in rows
         )
-        return "\n".join(lines)
+        online = (f"{s.label}: {s.online}" for s in self.sites if s.online is not None)
+        return "\n".join([*lines, *online])
 
 
 def stats(model: torch.nn.Module) -> Stats:
-    """What the heads of a model have met since it was compiled with a policy.
+    """What the heads of a model have met since it was compiled with a policy, or mode="online".
 
     model: the module, or what torch.compile made of it. Of each head: calls (batch items), how many
     were computed as decided, how many exactly and why, the moving average of the error on audited
@@ -65,14 +69,18 @@ def stats(model: torch.nn.Module) -> Stats:
     if not found:
         raise ValueError(
             f"{type(inner).__name__} has run no site under a policy; compile it with "
-            'options={"policy": ...}, run it in inference, and see `explain` for what became of '
-            "its sites"
+            'options={"policy": ...} or {"mode": "online"}, run it in inference, and see `explain` '
+            "for what became of its sites (calls at other lengths than the policy's are exact, and "
+            "not counted)"
         )
-    sites = (
-        SiteStats(key.name, key.ordinal, key.policy, head_stats(state))
-        for key, state in found.items()
-    )
+    sites = (_site(key, state) for key, state in found)
     return Stats(tuple(sorted(sites, key=lambda site: (_natural(site.name), site.ordinal))))
+
+
+def _site(key: StateKey, state: torch.Tensor) -> SiteStats:
+    heads = head_stats(state[: len(state) - key.form.rows])
+    online = online_stats(key.form.plan, state) if key.form.plan else None
+    return SiteStats(key.name, key.ordinal, key.policy, heads, online)
 
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -19,6 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaattn_compiler.kernels.measure import first_line
 
+_RANDOM = (
+    "the weights are random (--hf reads the config.json alone), and a policy is for those that it "
+    "was calibrated with: name a function that loads them, MODULE:FUNCTION, to see it applied"
+)
+
 
 class Fault(Exception):
     """What is wrong with what the user gave; is_usage: with the command, not with the model."""
@@ -30,12 +35,14 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and one call of it; options that suit it, unless the user gives others."""
+    """A model and one call of it; options that suit it, unless the user gives others. said: what
+    the user should know of it where there is a policy."""
 
     model: Callable[..., Any]
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    said: str = ""
 
 
 # -- the user's own code ---------------------------------------------------------------------------
@@ -46,7 +53,7 @@ def from_code(name: str, data: str | None, shapes: Sequence[str], train: bool) -
     if data is not None and shapes:
         raise Fault("--data and --shape both give the arguments: leave one out")
     random = tuple(map(tensor_of, shapes))
-    made = _made(name)
+    made = made_by(name)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not callable(model):
         raise Fault(
@@ -58,12 +65,13 @@ def from_code(name: str, data: str | None, shapes: Sequence[str], train: bool) -
         inputs = random
     if inputs is None:
         raise Fault(f"{name} gives no inputs: add --shape 1x1024:int64 or --data module:batches")
-    args, kwargs = _arguments(inputs)
-    return Subject(_in_mode(model, train), args, kwargs)
+    args, kwargs = arguments_of(inputs)
+    return Subject(in_mode(model, train), args, kwargs)
 
 
-def _made(name: str) -> Any:
-    function = _named(name)
+def made_by(name: str) -> Any:
+    """What the function "module:function" returns."""
+    function = named(name)
     if not callable(function) or isinstance(function, torch.nn.Module):
         raise Fault(
             f"{name} is {type(function).__name__}: a function that returns the model is wanted"
@@ -74,7 +82,7 @@ def _made(name: str) -> Any:
         raise Fault(f"{name}() raised {first_line(error)}", is_usage=False) from error
 
 
-def _named(name: str) -> Any:
+def named(name: str) -> Any:
     """What "module:name" is; modules of the current folder are found, too."""
     module_name, colon, path = name.partition(":")
     if not colon or not module_name or not path:
@@ -97,7 +105,7 @@ def _named(name: str) -> Any:
 
 
 def _first_batch(name: str) -> Any:
-    batches = _named(name)
+    batches = named(name)
     try:
         batches = batches() if callable(batches) else batches
         return next(iter(batches))
@@ -107,7 +115,8 @@ def _first_batch(name: str) -> Any:
         raise Fault(f"{name} gave no batch: {first_line(error)}", is_usage=False) from error
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a batch: a dictionary, a tuple or a list, or a single argument."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -136,7 +145,8 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
-def _in_mode(model: Any, train: bool) -> Any:
+def in_mode(model: Any, train: bool) -> Any:
+    """The model, in training mode or not; what has no modes as it is."""
     return model.train(train) if isinstance(model, torch.nn.Module) else model
 
 
@@ -170,7 +180,7 @@ def from_config(folder: str, batch: int, length: int, dtype: str | None, train: 
         )
     ids = torch.randint(vocabulary, (batch, length))
     names = ["input_ids", *(["decoder_input_ids"] if config.is_encoder_decoder else [])]
-    return Subject(_in_mode(model, train), (), dict.fromkeys(names, ids))
+    return Subject(in_mode(model, train), (), dict.fromkeys(names, ids), said=_RANDOM)
 
 
 def _class_of(transformers: Any, config: Any) -> Callable[[Any], Any]:

@@ -5,12 +5,7 @@
 
 Calibrates on one half of the held-out text (or takes a policy), then measures on the other half:
 the perplexity of the compiled model, exactly and under the policy; and the time of its attentions,
-layer by layer on the tensors of one piece of text, all in one run, in turns:
-
-  exact      our own exact float32 kernel
-  inductor   torch.compile(backend="inductor") of the same scaled_dot_product_attention
-  decided    under the policy, with guards and audits
-  unguarded  the same without them: the difference is what they cost
+layer by layer on the tensors of one piece of text, all in one run, in turns (attentions.py).
 """
 
 from __future__ import annotations
@@ -20,40 +15,20 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import adaattn_compiler
-from adaattn_compiler.calibrate.apply import Applying
-from adaattn_compiler.calibrate.board import Board, Tensors, exactly
-from adaattn_compiler.kernels.cpu.decided import decided_runner
-from adaattn_compiler.kernels.decided_kernel import DecidedKernel
-from adaattn_compiler.kernels.problem import Problem
-from adaattn_compiler.options import Options
-from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.passes.decide import in_words
 from adaattn_compiler.policy import Policy
-from adaattn_compiler.runtime.state import new_state
+from benchmarks.attentions import as_decided, compared, sites_of, ways
 from benchmarks.machine import describe_machine
-from benchmarks.timing import Rounds, interleaved
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from bytes_lm import bytes_lm, samples
-
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention of the model, with the tensors of one piece of text."""
-
-    key: SiteKey
-    problem: Problem
-    tensors: Tensors
 
 
 def main() -> None:
@@ -62,15 +37,20 @@ def main() -> None:
     model = bytes_lm()
     policy, seconds = _policy(asked, model)
     held_out = samples(1, asked.samples, asked.length)
+    perplexity = _perplexity(model, policy, held_out)
+    stats = _demoted(model)
+    sites = sites_of(model, (held_out[len(held_out) // 2],), {"use_cache": False})
+    calls = ways(sites, policy)
     result: dict[str, Any] = {
         "machine": describe_machine(),
         "length": asked.length,
         "budget": policy.provenance.budget.value,
         "calibration_seconds": seconds,
-        "perplexity": _perplexity(model, policy, held_out),
-        "attention": _attention(model, policy, held_out[len(held_out) // 2], asked),
+        "perplexity": perplexity,
+        "attention": compared(calls, asked.seconds, asked.smoke),
+        "as_decided": as_decided(calls),
         "decisions": {site.name: in_words(site) for site in policy.sites},
-        "stats": _demoted(model),
+        "stats": stats,
     }
     print(json.dumps(result, indent=1))
     if asked.json:
@@ -142,97 +122,6 @@ def _demoted(model: Any) -> dict[str, list[dict[str, Any]]]:
     """What the heads met on the held-out text."""
     found = adaattn_compiler.stats(model)
     return {site.label: [asdict(head) for head in site.heads] for site in found.sites}
-
-
-# -- time ------------------------------------------------------------------------------------------
-
-
-def _attention(
-    model: Any, policy: Policy, text: torch.Tensor, asked: argparse.Namespace
-) -> dict[str, Any]:
-    sites = _sites(model, text)
-    calls: dict[str, Call] = {
-        "exact": lambda: [exactly(site.key, site.problem, site.tensors) for site in sites],
-        "inductor": _inductor(sites),
-        "decided": _decided(sites, policy),
-        "unguarded": _unguarded(sites, policy),
-    }
-    pairs = {
-        "exact / decided": ("exact", "decided"),
-        "inductor / decided": ("inductor", "decided"),
-        "inductor / exact": ("inductor", "exact"),
-        "decided / unguarded": ("decided", "unguarded"),
-    }
-    with torch.no_grad():
-        return {
-            name: _told(interleaved(calls[a], calls[b], asked.seconds, asked.smoke))
-            for name, (a, b) in pairs.items()
-        }
-
-
-def _told(rounds: Rounds) -> dict[str, Any]:
-    return {
-        "ratio": rounds.ratio,
-        "spread": rounds.spread,
-        "milliseconds": [1e3 * min(rounds.theirs), 1e3 * min(rounds.ours)],
-        "rounds": len(rounds.ours),
-    }
-
-
-def _sites(model: Any, text: torch.Tensor) -> list[Site]:
-    found: list[Site] = []
-
-    def note(key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:
-        found.append(Site(key, problem, tensors))
-        return exactly(key, problem, tensors)
-
-    torch.compiler.reset()
-    Board(model, Options(measure=False)).run((text,), {"use_cache": False}, note)
-    return found
-
-
-def _inductor(sites: list[Site]) -> Call:
-    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        )
-
-    torch.compiler.reset()
-    compiled = torch.compile(sdpa, backend="inductor")
-    return lambda: [compiled(*site.tensors[:3]) for site in sites]
-
-
-def _unguarded(sites: list[Site], policy: Policy) -> Call:
-    decided = {site.key: _heads(policy, site) for site in sites}
-    applying = Applying(decided)
-    return lambda: [applying(site.key, site.problem, site.tensors) for site in sites]
-
-
-def _heads(policy: Policy, site: Site) -> Any:
-    found = policy.site(site.key.name, site.key.ordinal)
-    assert found is not None
-    return found.decision.heads
-
-
-def _decided(sites: list[Site], policy: Policy) -> Call:
-    """As compiled graphs call it: both ops, with a state for each site."""
-    ops = torch.ops.adaattn
-    given = []
-    for site in sites:
-        found = policy.site(site.key.name, site.key.ordinal)
-        assert found is not None
-        text = DecidedKernel(found, Options().audit_rows).plan(site.problem).serialize()
-        decided_runner(text)
-        given.append((site.tensors, new_state(site.problem.shape.heads), text))
-
-    def call() -> list[torch.Tensor]:
-        out = []
-        for tensors, state, plan in given:
-            flags = ops.check_envelope(*tensors[:3], state, plan)
-            out.append(ops.attention_as_decided(*tensors, flags, state, plan))
-        return out
-
-    return call
 
 
 if __name__ == "__main__":

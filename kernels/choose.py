@@ -32,6 +32,7 @@ from adaattn_compiler.kernels.torch_backends import TORCH_BACKENDS
 from adaattn_compiler.kernels.triton.kernel import TritonKernel
 from adaattn_compiler.kernels.triton.op import triton_attention
 from adaattn_compiler.options import Options
+from adaattn_compiler.runtime.state import HEADS_ONLY, StateForm
 from adaattn_compiler.spec import Refusal
 
 log = logging.getLogger("adaattn_compiler")
@@ -58,7 +59,7 @@ class Choice:
     """The kernel chosen and why; times in seconds where kernels were measured.
 
     decision: how exactly it computes, in words. refused: why not as a policy has it. stateful:
-    whether it keeps a state of its heads.
+    whether it keeps a state of its heads; form: what is in it beside their rows.
     """
 
     kernel: Kernel
@@ -67,6 +68,7 @@ class Choice:
     decision: str = "exact"
     stateful: bool = False
     refused: str | None = None
+    form: StateForm = HEADS_ONLY
 
 
 # Tiles of the generated Triton kernel that compete with each other.

@@ -3,15 +3,22 @@
 The first says for each batch item and head whether it may be computed as decided, the second
 computes it so, or exactly. Plans are text, as in ops.py. `state` (runtime/state.py) is read by the
 first and written by the second. Neither has a gradient: policies are for inference.
+
+Of CUDA tensors they are launches and torch functions (kernels/triton/decided.py), which Inductor
+sees in place of the ops, as of a `triton_op`. Of CPU tensors they stay what they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from adaattn_compiler.kernels.cpu.decided import decided_runner
+from adaattn_compiler.kernels.triton import decided as on_gpu
 
 _CHECK = "(Tensor q, Tensor k, Tensor v, Tensor state, str plan) -> Tensor"
 _ATTENTION = (
@@ -74,3 +81,35 @@ def _fake_attention_as_decided(
 
 torch.library.register_fake("adaattn::check_envelope", _fake_check)
 torch.library.register_fake("adaattn::attention_as_decided", _fake_attention_as_decided)
+
+
+# -- on GPUs ---------------------------------------------------------------------------------------
+
+# What a tensor may be where an op is taken apart.
+_TRACED = (torch.Tensor, FunctionalTensor)
+
+
+def _through(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """The rule by which AOTAutograd's tracing sees a function in place of an op."""
+
+    def rule(
+        mode: Any, op: Any, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if args[0].device.type != "cuda":
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        if not all(issubclass(each, FakeTensor) or each in _TRACED for each in types):
+            return NotImplemented
+        with mode:
+            return function(*args, **kwargs)
+
+    return rule
+
+
+for _name, _function in (
+    ("check_envelope", on_gpu.check),
+    ("attention_as_decided", on_gpu.attention_as_decided),
+):
+    torch.library.impl(f"adaattn::{_name}", "CUDA", _function)
+    torch.library.register_torch_dispatch(
+        f"adaattn::{_name}", FunctionalTensorMode, _through(_function)
+    )

@@ -143,7 +143,8 @@ def attention_svd(
     def apply_transposed(y: torch.Tensor) -> torch.Tensor:
         sums = y.new_zeros(*q.shape[:2], columns, y.shape[-1])
         for (batch, heads, at), tile in scored_rows(q, k, operands, params, single, range(rows)):
-            sums[batch, heads] += tile.weights().mT @ y[batch, heads, at]
+            weights = tile.weights()
+            sums[batch, heads, : weights.shape[-1]] += weights.mT @ y[batch, heads, at]
         return sums
 
     return randomized_svd(

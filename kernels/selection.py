@@ -38,7 +38,8 @@ def selected_blocks(
     kept = torch.zeros_like(weights, dtype=torch.bool)
     kept.scatter_(-1, order, before < selection.mass)
     always = Pattern(selection.window, selection.sinks)
-    return (kept | pattern_blocks(always, q_BHMD.shape[2], k_BGND.shape[2])) & allowed
+    sizes = (q_BHMD.shape[2], k_BGND.shape[2])
+    return (kept | pattern_blocks(always, *sizes, q_BHMD.device)) & allowed
 
 
 def _pooled(
@@ -47,7 +48,7 @@ def _pooled(
     """The estimated share of each key block in each row block, [B,H,row blocks,key blocks]."""
     rows, keys = _means(q_BHMD, BLOCK), _means(k_BGND, BLOCK)
     scores = _products(rows, keys) * scale
-    counts = _counts(k_BGND.shape[2], BLOCK).to(scores)
+    counts = _counts(k_BGND.shape[2], BLOCK, scores)
     return _softmax(scores + counts.log(), allowed)
 
 
@@ -80,16 +81,16 @@ def _products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return products.reshape(batch, heads, count, -1)
 
 
-def _counts(length: int, size: int) -> torch.Tensor:
+def _counts(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
     """How many positions each block of an axis has."""
-    starts = torch.arange(0, length, size)
-    return (length - starts).clamp(max=size)
+    starts = torch.arange(0, length, size, device=like.device)
+    return (length - starts).clamp(max=size).to(like.dtype)
 
 
 def _means(tensor: torch.Tensor, size: int) -> torch.Tensor:
     """Of blocks of `size` rows, the last one as long as it is; float32 or wider."""
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    counts = _counts(tensor.shape[2], size).to(wide)
+    counts = _counts(tensor.shape[2], size, wide)
     return _sums(wide, size, -2) / counts[:, None]
 
 

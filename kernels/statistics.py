@@ -18,7 +18,6 @@ import torch
 
 from adaattn_compiler.decision import BLOCK
 from adaattn_compiler.kernels.scored_rows import (
-    Attended,
     ScoredRows,
     exponentials,
     sampled_rows,
@@ -107,47 +106,69 @@ def head_statistics(
     if rows < 1 or 0 in (q_BHMD.shape[2], k_BGND.shape[2]):
         raise ValueError(f"{rows} rows of {tuple(q_BHMD.shape)} by {tuple(k_BGND.shape)}")
     at = sampled_rows(q_BHMD.shape[2], rows, turn)
-    measures: dict[str, torch.Tensor] = {}
+    kept: dict[str, torch.Tensor] = {}
     for tile, scored in scored_rows(q_BHMD, k_BGND, operands, params, spec, at):
-        for name, found in _measures(scored, turn).items():
-            if name not in measures:
-                shape = (*q_BHMD.shape[:2], len(at), *found.shape[3:])
-                measures[name] = found.new_empty(shape)
-            measures[name][tile] = found
+        for name, found in _kept(scored, turn).items():
+            if name not in kept:
+                width = (-(-k_BGND.shape[2] // BLOCK),) if name == "blocks" else found.shape[3:]
+                kept[name] = found.new_zeros(*q_BHMD.shape[:2], len(at), *width)
+            # Blocks of keys that no row of the tile attends to may be missing.
+            whole = kept[name] if name != "blocks" else kept[name][..., : found.shape[-1]]
+            whole[tile] = found
+    measures = _measures(kept, spec.sink is not None)
     k_max, v_max = (_magnitude(tensor, spec.group) for tensor in (k_BGND, v_BGNE))
     return _of_heads(measures, (_magnitude(q_BHMD, 1), k_max, v_max))
 
 
-# -- of each row -----------------------------------------------------------------------------------
+# -- of each tile: what takes all scores of a row --------------------------------------------------
 
 
-def _measures(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
-    """[b,h,r] by name, to be read where "counted"; "sample": [b,h,r,_OF_A_ROW]."""
-    scores, attended = scored.scores, scored.attended
-    shifted, weights, *per_row = exponentials(scores, scored.sink)
+def _kept(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
+    """By name, each to be broadcast to [b,h,r], or [b,h,r,n]; what is left to do costs little.
+
+    count: attended keys; present: blocks with any. most, least: attended scores. rest, top:
+    weights of the sink and of the most likely key, beside the larger of which all are; products:
+    the sum of weights and their logarithms. blocks: sums of weights by BLOCK keys. near: scores of
+    keys at most BLOCK - 1 away from the row's position, -inf where there is none. sample: scores.
+    """
+    finite, attended = scored.finite, scored.attended
+    count, present = _counts(scored)
+    sample = _sample(scored, turn)
+    # Two tensors as large as the tile, written over and over: making more takes as long as using.
+    scores = finite.clone() if attended is None else finite - attended.drop
+    least = scores.amin(-1)
+    if attended is not None:
+        torch.add(finite, attended.drop, out=scores)
+    near = _near(scores, scored.diagonal)
+    shifted, weights, *per_row = exponentials(scores, scored.sink, into=finite)
     rest, most, top = (values[..., 0] for values in per_row)
-    blocks = _in_blocks(weights).sum(-1)
-    keys = blocks.sum(-1)
-    total = keys + rest
-    # -sum p log p with p = weight / total; that of the sink is entr(rest).
-    sums = shifted.mul_(weights).sum(-1) - torch.special.entr(rest)
-    entropy = total.log() - sums / total
-    count = blocks.new_tensor(scores.shape[-1]) if attended is None else attended.counts[..., -1]
-    choices = (count + (scored.sink is not None)).to(scores)
-    local_entropy, counted_locally = _local_entropy(scores, scored.diagonal)
-    found = {
-        "counted": count > 0,
-        "score_max": torch.maximum(most, -_least_score(scored)),
-        "entropy": entropy,
-        "entropy_normalized": torch.where(choices > 1, entropy / choices.log(), 0.0),
-        "saturation": top / total,
-        "top_block_mass": _top_block_mass(blocks, keys, attended),
-        "global_entropy": torch.special.entr(blocks / keys[..., None]).sum(-1),
-        "local_entropy": local_entropy,
-        "counted_locally": counted_locally,
+    return {
+        "count": count,
+        "present": present,
+        "most": most,
+        "least": least,
+        "rest": rest,
+        "top": top,
+        "products": torch.linalg.vecdot(shifted, weights),
+        "blocks": _in_blocks(weights).sum(-1),
+        "near": near,
+        "sample": sample,
     }
-    found = {name: values.expand(scores.shape[:3]) for name, values in found.items()}
-    return {**found, "sample": _sample(scored, turn)}
+
+
+def _counts(scored: ScoredRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many keys are attended to, and in how many blocks; int32."""
+    columns = scored.finite.shape[-1]
+    if scored.attended is None:
+        of_all = (columns, -(-columns // BLOCK))
+        count, present = torch.tensor(of_all, dtype=torch.int32, device=scored.finite.device)
+        return count, present
+    counts = scored.attended.counts
+    # Blocks over which the number of attended keys grows.
+    ends = torch.arange(BLOCK, columns + BLOCK, BLOCK, device=counts.device)
+    so_far = counts[..., ends.clamp(max=columns) - 1]
+    grows = so_far.diff(dim=-1, prepend=torch.zeros_like(so_far[..., :1])) > 0
+    return counts[..., -1], grows.sum(-1, dtype=torch.int32)
 
 
 def _in_blocks(weights: torch.Tensor) -> torch.Tensor:
@@ -157,39 +178,12 @@ def _in_blocks(weights: torch.Tensor) -> torch.Tensor:
     return padded.reshape(*padded.shape[:-1], -1, BLOCK)
 
 
-def _least_score(scored: ScoredRows) -> torch.Tensor:
-    attended = scored.attended
-    finite = scored.finite if attended is None else scored.finite - attended.drop
-    return finite.amin(-1)
-
-
-def _top_block_mass(
-    blocks: torch.Tensor, keys: torch.Tensor, attended: Attended | None
-) -> torch.Tensor:
-    count = torch.as_tensor(blocks.shape[-1], device=blocks.device)
-    if attended is not None:  # blocks over which the number of attended keys grows
-        columns = attended.counts.shape[-1]
-        ends = torch.arange(BLOCK, columns + BLOCK, BLOCK, device=blocks.device)
-        so_far = attended.counts[..., ends.clamp(max=columns) - 1]
-        count = (so_far.diff(dim=-1, prepend=torch.zeros_like(so_far[..., :1])) > 0).sum(-1)
-    last = ((count + _TOP_SHARE - 1) // _TOP_SHARE - 1).clamp(min=0)
-    sums = blocks.sort(-1, descending=True).values.cumsum(-1)
-    return sums.gather(-1, last.expand(keys.shape)[..., None])[..., 0] / keys
-
-
-def _local_entropy(
-    scores: torch.Tensor, diagonal: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats, whether the row attends to a key so near)."""
+def _near(scores: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
     steps = torch.arange(1 - BLOCK, BLOCK, device=scores.device)
     places = diagonal[:, None] + steps
-    inside = (places >= 0) & (places < scores.shape[-1])
+    outside = (places < 0) | (places >= scores.shape[-1])
     places = places.clamp(0, scores.shape[-1] - 1).expand(*scores.shape[:2], -1, -1)
-    near = scores.gather(-1, places).masked_fill(~inside, float("-inf"))
-    shifted, weights, *_ = exponentials(near)
-    total = weights.sum(-1)
-    entropy = total.log() - torch.linalg.vecdot(shifted, weights) / total
-    return entropy, (near != float("-inf")).any(-1)
+    return scores.gather(-1, places).masked_fill_(outside, float("-inf"))
 
 
 def _sample(scored: ScoredRows, turn: int) -> torch.Tensor:
@@ -207,13 +201,59 @@ def _sample(scored: ScoredRows, turn: int) -> torch.Tensor:
     return scores.gather(-1, places.expand(*scores.shape[:3], -1))
 
 
+# -- of each row -----------------------------------------------------------------------------------
+
+
+def _measures(kept: dict[str, torch.Tensor], has_sink: bool) -> dict[str, torch.Tensor]:
+    """[B,H,R] by name, to be read where "counted"; "sample" [B,H,R,_OF_A_ROW] as it is."""
+    blocks, rest = kept["blocks"], kept["rest"]
+    keys = blocks.sum(-1)
+    total = keys + rest
+    # -sum p log p with p = weight / total; that of the sink is entr(rest).
+    entropy = total.log() - (kept["products"] - torch.special.entr(rest)) / total
+    choices = (kept["count"] + has_sink).to(entropy)
+    return {
+        "counted": kept["count"] > 0,
+        "score_max": torch.maximum(kept["most"], -kept["least"]),
+        "entropy": entropy,
+        "entropy_normalized": torch.where(choices > 1, entropy / choices.log(), 0.0),
+        "saturation": kept["top"] / total,
+        "top_block_mass": _top_block_mass(blocks, keys, kept["present"]),
+        "global_entropy": torch.special.entr(blocks / keys[..., None]).sum(-1),
+        "local_entropy": _local_entropy(kept["near"]),
+        "counted_locally": (kept["near"] != float("-inf")).any(-1),
+        "sample": kept["sample"],
+    }
+
+
+def _top_block_mass(
+    blocks: torch.Tensor, keys: torch.Tensor, present: torch.Tensor
+) -> torch.Tensor:
+    last = ((present.long() + _TOP_SHARE - 1) // _TOP_SHARE - 1).clamp(min=0)
+    most = -(-blocks.shape[-1] // _TOP_SHARE)
+    sums = blocks.topk(most, -1).values.cumsum(-1)
+    return sums.gather(-1, last[..., None])[..., 0] / keys
+
+
+def _local_entropy(near: torch.Tensor) -> torch.Tensor:
+    shifted, weights, *_ = exponentials(near)
+    total = weights.sum(-1)
+    entropy: torch.Tensor = total.log() - torch.linalg.vecdot(shifted, weights) / total
+    return entropy
+
+
 # -- of each head ----------------------------------------------------------------------------------
 
 
 def _magnitude(tensor: torch.Tensor, group: int) -> torch.Tensor:
     """[B,H] of [B,heads,length,dim]; least and most by themselves, as abs would make a copy."""
-    most = torch.maximum(tensor.amax((-2, -1)), -tensor.amin((-2, -1)))
-    return most.to(torch.promote_types(tensor.dtype, torch.float32)).repeat_interleave(group, -1)
+    # Columns first where rows do not follow each other in memory.
+    axes: tuple[tuple[int, ...], ...] = ((-2, -1),) if tensor.is_contiguous() else ((-2,), (-1,))
+    most, least = tensor, tensor
+    for along in axes:
+        most, least = most.amax(along), least.amin(along)
+    found = torch.maximum(most, -least)
+    return found.to(torch.promote_types(tensor.dtype, torch.float32)).repeat_interleave(group, -1)
 
 
 def _of_heads(

@@ -10,10 +10,13 @@ from torch import fx
 
 from adaattn_compiler.decision import describe_head
 from adaattn_compiler.kernels.choose import Choice
+from adaattn_compiler.kernels.decided_gpu import DecidedGpuKernel
 from adaattn_compiler.kernels.decided_kernel import DecidedKernel
+from adaattn_compiler.kernels.device import target_here
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.choices import Chooser, Exact, SiteKey
+from adaattn_compiler.passes.online import online_chooser
 from adaattn_compiler.passes.site import Site
 from adaattn_compiler.passes.symbols import settle_range
 from adaattn_compiler.passes.weights import GraphWeights
@@ -24,8 +27,10 @@ def chooser_of(
     options: Options, graph_module: fx.GraphModule, inputs: Sequence[Any]
 ) -> Chooser | None:
     """Who is asked first for the sites of a graph: the policy, where there is one."""
-    if options.policy is None:
+    if options.policy is None and options.mode is None:
         return None
+    if options.policy is None:
+        return online_chooser(options)
     weights = GraphWeights(graph_module, inputs)
     return policy_chooser(options.policy, options.audit_rows, weights)
 
@@ -42,7 +47,7 @@ def policy_chooser(policy: Policy, rows: int, weights: GraphWeights) -> Chooser:
             return Exact(reason)
         if decided.decision.is_exact:
             return Exact("as the policy has it")
-        kernel = DecidedKernel(decided, rows)
+        kernel = _kernel(decided, rows, problem)
         reason = kernel.refusal(problem)
         if reason is not None:
             return Exact(reason)
@@ -50,6 +55,12 @@ def policy_chooser(policy: Policy, rows: int, weights: GraphWeights) -> Chooser:
         return Choice(kernel, why, decision=in_words(decided), stateful=True)
 
     return chosen
+
+
+def _kernel(decided: SitePolicy, rows: int, problem: Problem) -> DecidedKernel | DecidedGpuKernel:
+    if problem.device == "cuda":
+        return DecidedGpuKernel(decided, rows, target_here())
+    return DecidedKernel(decided, rows)
 
 
 def in_words(decided: SitePolicy) -> str:

@@ -33,7 +33,7 @@ from adaattn_compiler.passes.resample import distance_vector
 from adaattn_compiler.passes.site import Refused, SideTensor, Site
 from adaattn_compiler.passes.symbols import size_hint
 from adaattn_compiler.passes.views import Access, input_access
-from adaattn_compiler.runtime.state import new_state
+from adaattn_compiler.runtime.state import StateForm, new_state
 from adaattn_compiler.spec import Refusal
 
 aten = torch.ops.aten
@@ -213,7 +213,7 @@ def _call(
         emitter.size(site.sizes["N"]),
         tuple(emitter.size(param) for param in site.params),
         memo,
-        _state_input(emitter, problem) if choice.stateful else None,
+        _state_input(emitter, problem, choice.form) if choice.stateful else None,
     )
     operands = [
         emitter.tensor(side.node)
@@ -246,10 +246,12 @@ def _call(
     return result
 
 
-def _state_input(emitter: Emitter, problem: Problem) -> fx.Node:
+def _state_input(emitter: Emitter, problem: Problem, form: StateForm) -> fx.Node:
     """The state of a site's heads (runtime/state.py), after all inputs that the graph has."""
     count = len(emitter.graph.find_nodes(op="placeholder"))
-    return emitter.input(f"adaattn_state_{count}", new_state(problem.shape.heads, problem.device))
+    with emitter.fake_mode:
+        state = new_state(problem.shape.heads, problem.device, form)
+    return emitter.input(f"adaattn_state_{count}", state)
 
 
 def _distance_operand(emitter: Emitter, site: Site, access: Access, sizes: Sizes) -> fx.Node:

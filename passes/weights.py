@@ -29,15 +29,21 @@ class GraphWeights:
             for node, value in zip(nodes, inputs, strict=False)
             if isinstance(value, torch.nn.Parameter) and (path := _path_of(node)) is not None
         }
+        self._places = {path: i for i, path in enumerate(map(_path_of, nodes)) if path is not None}
         self._known: dict[str, str | None] = {}
 
     def under(self, module: str) -> str | None:
         """The fingerprint of the parameters of a module; None where the graph takes none of it."""
         if module not in self._known:
-            start = f"{module}." if module else ""
-            own = [(n, p) for n, p in self._parameters.items() if n.startswith(start)]
+            own = [(path, self._parameters[path]) for path, _ in self.places(module)]
             self._known[module] = weights_fingerprint(own) if own else None
         return self._known[module]
+
+    def places(self, module: str) -> tuple[tuple[str, int], ...]:
+        """The paths of the parameters of a module, and which inputs of the graph they are."""
+        start = f"{module}." if module else ""
+        own = (path for path in self._parameters if path.startswith(start))
+        return tuple((path, self._places[path]) for path in own)
 
 
 def _path_of(node: fx.Node) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaattn_compiler.cli import main
+from adaattn_compiler.kernels.triton.kernel import TritonKernel
 from adaattn_compiler.subjects import tensor_of
 
 MODEL = """
@@ -153,6 +155,90 @@ def test_configuration_of_transformers(tmp_path: Path, capsys: pytest.CaptureFix
     assert sites[0]["prediction"]["least_bytes"] == 2 * 2 * (4 + 2) * 48 * 16 * 2  # bfloat16
 
 
+def test_first_table_has_the_kernel_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    arguments = ("--attention", "causal", "--length", "256", "--target", "sm_80", *ESTIMATED)
+    said = Said(capsys, *arguments)
+    assert said.status == 0, said.error
+    head, row = said.out.splitlines()[1:3]
+    kernel = head.index("kernel")
+    assert row[kernel:].split()[0] == "triton"
+    said = Said(capsys, *arguments[:4], *ESTIMATED)
+    assert said.out.splitlines()[2][kernel:].split()[0] == "sdpa"
+
+
+def test_code_that_is_not_there_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--attention", "causal", "--length", "264", "--source", *ESTIMATED)
+    said = Said(capsys, *arguments)
+    assert "no code to show for (root): sdpa is not generated" in said.out
+    monkeypatch.setattr(TritonKernel, "refusal", lambda *_: "Triton is not installed")
+    said = Said(capsys, *arguments, "--target", "sm_90")
+    assert "no code to show for (root): Triton is not installed" in said.out
+
+
+WITHOUT_TRITON = """
+import importlib.machinery, sys
+
+find = importlib.machinery.PathFinder.find_spec
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "triton" else find(name, path, target)
+
+known = importlib.machinery.PathFinder
+sys.meta_path = [Finder if each is known else each for each in sys.meta_path]
+from adaattn_compiler.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_without_triton_nothing_but_the_answer_is_said() -> None:
+    arguments = ("--attention", "causal", "--length", "128", "--target", "sm_90", "--source")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON, *arguments, *ESTIMATED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no code to show for (root): Triton is not installed" in done.stdout
+
+
+def test_settings_of_triton_are_not_the_users_business(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+import warnings
+
+def build_warning():
+    warnings.warn("TRITON_DEFAULT_FP_FUSION is unset: it will be another one day")
+    warnings.warn("the model is old")
+    return Model()
+"""
+    with (tmp_path / "cli_models.py").open("a") as file:
+        file.write(code)
+    with pytest.warns(UserWarning, match="the model is old") as warned:
+        said = Said(capsys, f"{package}:build_warning", "--shape", "1x8:int64", *ESTIMATED)
+    assert said.status == 0, said.error
+    assert [str(each.message) for each in warned] == ["the model is old"]
+
+
+def test_random_weights_are_named_where_a_policy_does_not_apply(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("transformers")
+    folder = Path(__file__).parent / "data" / "bytes_lm"
+    arguments = ("--hf", str(folder), "--length", "1024", "--dtype", "float32")
+    said = Said(capsys, *arguments, "--options", "measure=0", f"policy={folder / 'policy.json'}")
+    assert said.status == 0, said.error
+    assert "calibrated for other weights of this module" in said.out
+    assert "the weights are random (--hf reads the config.json alone)" in said.out
+    assert "random" not in Said(capsys, *arguments, *ESTIMATED).out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -170,6 +256,10 @@ def test_configuration_of_transformers(tmp_path: Path, capsys: pytest.CaptureFix
         (("--attention", "causal", "--options", "measure"), "write it as name=value"),
         (("--attention", "causal", "--options", "measur=0"), "did you mean 'measure'"),
         (("--attention", "causal", "--options", "measure=maybe"), "must be True or False"),
+        (
+            ("--attention", "causal", "--options", "policy=no.json"),
+            "option policy='no.json': the policy cannot be read",
+        ),
         (("--hf", "nowhere"), "--hf 'nowhere': no config.json there"),
         (("cli_models",), "write it as module:name"),
         (("cli_moodels:build",), "is it installed, or in this folder?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from policies import POLICY
 
+from adaattn_compiler.decision import EXACT
 from adaattn_compiler.policy import Policy, PolicyError
 
 _TEXT = POLICY.to_json()
@@ -32,6 +34,26 @@ def test_example_of_the_documentation_is_a_policy() -> None:
     page = Path(__file__).parents[1] / "docs" / "policy.md"
     example = page.read_text(encoding="utf-8").split("```json\n")[1].split("```")[0]
     assert Policy.from_json(example).to_json() == example
+
+
+def test_statistics_are_kept_and_files_without_them_are_read() -> None:
+    statistics = {"entropy": (0.5, 1 / 3, 0.0, -1e-9, 7.0, 2.0), "q_max": (1.0,) * 6}
+    bare = POLICY.sites[0]
+    site = dataclasses.replace(bare, statistics=statistics)
+    policy = POLICY.with_site(site)
+    read = Policy.from_json(policy.to_json())
+    assert read.sites[0].statistics == statistics
+    assert "statistics" not in json.loads(_TEXT)["sites"][0]
+    assert Policy.from_json(_TEXT).sites[0].statistics is None
+    # They decide nothing.
+    assert policy.key() == POLICY.key()
+    assert read.replaced(site.name, decision=EXACT).sites[0].statistics == statistics
+
+
+def test_policy_of_an_earlier_version_is_read() -> None:
+    """One that was written before sites had statistics."""
+    policy = Policy.load(Path(__file__).parent / "data" / "bytes_lm" / "policy.json")
+    assert len(policy.sites) == 6
 
 
 # ------------------------------------------------------------------------------------------- fields
@@ -59,6 +81,14 @@ def test_example_of_the_documentation_is_a_policy() -> None:
         (
             lambda p: p["sites"][0]["heads"][0].update(skip=None),
             "sites[0].heads[0].skip is null; it must be above 0",
+        ),
+        (
+            lambda p: p["sites"][0].update(statistics={"entropy": [1.0, 2.0]}),
+            "sites[0].statistics.entropy has 2 entries; it must have one for each of 6 heads",
+        ),
+        (
+            lambda p: p["sites"][0].update(statistics={"entropy": [None] * 6}),
+            "sites[0].statistics.entropy[0] is null; it must be a finite number",
         ),
         (
             lambda p: p["sites"][0]["heads"][2].update(p["sites"][0]["heads"][3]),

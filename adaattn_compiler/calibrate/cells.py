@@ -24,6 +24,8 @@ KINDS = {
     "window": "a window of keys (its size)",
     "selection": "blocks chosen in each call",
     "pooling": "far keys by their means",
+    "nystrom": "through landmarks",
+    "basis": "scores in a basis of the keys",
 }
 BITS = {"s0": "fp32, as exact", "s2": "bf16 in one product", "s4": "bf16 in both"}
 # From where on each class of a scale is: shares of the keys, or of a head's budget.
@@ -80,7 +82,7 @@ def bits_cell(site: DecidedSite, head: int) -> Cell:
 
 def keys_cell(site: DecidedSite, head: int) -> Cell:
     share = keys_of(site, head)
-    return Cell(_step(share), f"{100 * share:.0f}", tooltip(site, head))
+    return Cell(step_of(share), f"{100 * share:.0f}", tooltip(site, head))
 
 
 def error_cell(site: DecidedSite, head: int) -> Cell:
@@ -88,7 +90,7 @@ def error_cell(site: DecidedSite, head: int) -> Cell:
     text = _short(error)
     if error is not None and error > budget:
         return Cell("over", text, tooltip(site, head))
-    return Cell(_step(error / budget if error and budget else 0.0), text, tooltip(site, head))
+    return Cell(step_of(error / budget if error and budget else 0.0), text, tooltip(site, head))
 
 
 def tooltip(site: DecidedSite, head: int) -> str:
@@ -134,15 +136,18 @@ def _blocks(mask: object, rows: int, columns: int, params: tuple[int, ...]) -> t
 def _kind(decision: HeadDecision) -> str:
     named = {
         "pooling": decision.pooling,
+        "nystrom": decision.nystrom,
         "selection": decision.selection,
         "window": decision.pattern,
+        "basis": decision.basis,
         "skip": decision.skip,
     }
     given = [name for name, value in named.items() if value is not None]
     return next(iter(given), "exact" if decision.is_exact else "fewer")
 
 
-def _step(share: float) -> str:
+def step_of(share: float) -> str:
+    """The class of a share."""
     return [style for style, begin in STEPS.items() if share >= begin][-1]
 
 

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 
-from adaattn_compiler.calibrate.progress import Bar, spent
+from adaattn_compiler.calibrate.given import asked_for
+from adaattn_compiler.calibrate.progress import Bar, no_progress, spent
 from adaattn_compiler.calibrate.ranks import ALONE, Ranks, joined, left
 from adaattn_compiler.calibrate.report import page, speedups
 from adaattn_compiler.calibrate.resume import Journal, key_of
-from adaattn_compiler.calibrate.run import PRESETS, Calibration, asked_for, calibration
+from adaattn_compiler.calibrate.run import PRESETS, Calibration, calibration
 from adaattn_compiler.calibrate.subjects import Samples, from_code, from_folder
+from adaattn_compiler.kernels.heuristic import HEURISTICS
 from adaattn_compiler.policy import Budget
 from adaattn_compiler.policy.file import write_text
 from adaattn_compiler.subjects import Fault
@@ -122,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: policy.json",
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="default: report.html beside the policy"
+        "--report", type=Path, metavar="FILE", help="default: beside the policy, as policy.html"
     )
     parser.add_argument("--no-report", action="store_true", help="write no report")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -173,6 +175,11 @@ def _add_budgets(parser: argparse.ArgumentParser) -> None:
         default="balanced",
         help="how much of the budget is used: half, 0.8 (default), all",
     )
+    parser.add_argument(
+        "--heuristic",
+        choices=list(HEURISTICS),
+        help="propose by fixed thresholds, to compare with; what is over the budget is exact",
+    )
 
 
 def _count(text: str) -> int:
@@ -210,6 +217,8 @@ def _checked(given: argparse.Namespace) -> Budget:
             raise Fault(f"{path}: there is no folder {path.parent}; make it first")
         if path is not None and path.is_dir():
             raise Fault(f"{path} is a folder; name a file in it")
+    if not given.no_report and _report(given) == given.output:
+        raise Fault(f"-o {given.output}: the report would replace it; add --report FILE")
     if not 0 <= given.seed < 2**63:
         raise Fault(f"--seed {given.seed}: it must be from 0 to 2^63 - 1")
     budgets = {name: getattr(given, name) for name in _BUDGETS}
@@ -230,9 +239,17 @@ def _run(given: argparse.Namespace, budget: Budget, ranks: Ranks, bar: Bar) -> N
     if samples.said:
         say(samples.said)
     journal = _journal(given, samples, ranks, say)
-    progress = bar if ranks.is_first else _no_progress
+    progress = bar if ranks.is_first else no_progress
     found = calibration(
-        samples.model, samples.batches, budget, given.preset, given.seed, progress, journal, ranks
+        samples.model,
+        samples.batches,
+        budget,
+        given.preset,
+        given.seed,
+        progress,
+        journal,
+        ranks,
+        given.heuristic,
     )
     if journal is not None:
         bar.close()
@@ -269,21 +286,25 @@ def _partial(given: argparse.Namespace) -> Path:
     return Path(f"{given.output}.partial")
 
 
+def _report(given: argparse.Namespace) -> Path:
+    """Of the policy's name, so that no report replaces that of another policy."""
+    report: Path = given.report or given.output.with_suffix(".html")
+    return report
+
+
 def _write(given: argparse.Namespace, found: Calibration, seconds: float) -> None:
     found.policy.save(given.output)
     written = [str(given.output)]
     if not given.no_report:
-        report = given.report or given.output.parent / "report.html"
+        report = _report(given)
         write_text(report, page(found, given.hf or given.model, seconds))
         written.append(str(report))
     print(found.policy.summary())
+    if found.said:
+        print(found.said)
     print(f"attention: {speedups(found)}")
     print(f"calibrated in {spent(seconds)}; written: {', '.join(written)}", flush=True)
 
 
 def _nothing(text: str) -> None:
-    """Only the first rank speaks."""
-
-
-def _no_progress(stage: str, done: int, of: int) -> None:
     """Only the first rank speaks."""

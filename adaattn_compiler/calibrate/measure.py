@@ -12,6 +12,7 @@ import torch
 
 from adaattn_compiler.calibrate.board import Tensors, exactly
 from adaattn_compiler.calibrate.candidates import candidates_for
+from adaattn_compiler.calibrate.gather import Numbers, gathered
 from adaattn_compiler.decision import HeadDecision
 from adaattn_compiler.kernels.audit import relative_error
 from adaattn_compiler.kernels.cpu.decided import AS_DECIDED, DecidedRunner
@@ -20,6 +21,7 @@ from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.envelope import guard_statistics, names
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.passes.choices import SiteKey
+from adaattn_compiler.runtime.averages import MovingAverages
 from adaattn_compiler.runtime.state import new_state
 
 # Calls that are timed: at least so many of each, more while they take no longer than this together.
@@ -49,13 +51,14 @@ class Stale(Exception):
 @dataclass(frozen=True)
 class Call:
     """Of one call of a site. errors: [candidates, heads]. low, high: of each statistic of the
-    inputs over the batch, [9, heads]. rows, columns: lengths."""
+    inputs over the batch, [9, heads]. rows, columns: lengths. statistics: what the heads do."""
 
     errors: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
     rows: int
     columns: int
+    statistics: Numbers = field(default_factory=dict)
 
 
 # The calls of each site in one sample.
@@ -75,6 +78,7 @@ class SiteMeasurements:
     """Of one site. errors: for each sample [candidates, heads], relative L2 of the head's output.
     seconds: of one call with all heads alike, by candidate. low, high: the range of each statistic
     of the inputs (kernels/envelope.py), [9, heads]. rows, columns: the lengths that were seen.
+    statistics: of the heads, averaged in the order of the calls.
     """
 
     key: SiteKey
@@ -86,6 +90,7 @@ class SiteMeasurements:
     high: torch.Tensor | None = None
     rows: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
+    statistics: MovingAverages = field(default_factory=MovingAverages)
 
     def add(self, call: Call) -> None:
         """One more call."""
@@ -94,6 +99,7 @@ class SiteMeasurements:
         self.high = call.high if self.high is None else torch.maximum(self.high, call.high)
         self.rows.append(call.rows)
         self.columns.append(call.columns)
+        self.statistics = self.statistics.updated(call.statistics)
 
     def p99(self) -> torch.Tensor:
         """[candidates, heads] over the samples."""
@@ -108,13 +114,15 @@ class Measuring:
     """The handler that measures all candidates at each site, and answers exactly.
 
     sites: those seen, nothing added to them. times: those known from before are not measured again.
-    sample: the calls since it was last emptied.
+    sample: the calls since it was last emptied; turn: its number, so that statistics are of other
+    rows in each. Effective ranks are of the first call of a site in the first.
     """
 
     def __init__(self, times: Mapping[SiteKey, Times] | None = None) -> None:
         self.sites: dict[SiteKey, SiteMeasurements] = {}
         self.times: dict[SiteKey, Times] = dict(times or {})
         self.sample: Sample = {}
+        self.turn = 0
         self._seconds: dict[tuple[object, ...], list[float]] = {}
         self._runners: dict[tuple[object, ...], list[DecidedRunner]] = {}
 
@@ -127,7 +135,10 @@ class Measuring:
         ]
         errors = torch.stack([torch.zeros_like(exact[0, :, 0, 0]).float(), *found])
         lengths = tensors[0].shape[2], tensors[1].shape[2]
-        self.sample.setdefault(key, []).append(Call(errors, *ranges(tensors), *lengths))
+        ranks = self.turn == 0 and key not in self.sample
+        numbers = gathered(tensors, problem.spec, self.turn, ranks)
+        call = Call(errors, *ranges(tensors), *lengths, numbers)
+        self.sample.setdefault(key, []).append(call)
         return exact
 
     def look(self, key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:

@@ -6,9 +6,16 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+# Told (stage, how many are done, of how many: 0 where that is not known).
+Progress = Callable[[str, int, int], None]
+
 _WIDTH = 24
 # Seconds between lines where there is no terminal.
 _BETWEEN_LINES = 10.0
+
+
+def no_progress(stage: str, done: int, of: int) -> None:
+    """Says nothing."""
 
 
 class Bar:

@@ -20,9 +20,19 @@ from adaattn_compiler.calibrate.cells import (
     points,
     speedup,
 )
+from adaattn_compiler.calibrate.gather import RANK_ROWS
 from adaattn_compiler.calibrate.pictures import TIMES, axes_of, bars, curve, grid, percent
 from adaattn_compiler.calibrate.progress import spent
 from adaattn_compiler.calibrate.run import Calibration
+from adaattn_compiler.calibrate.statistics_cells import (
+    RANK_WORDS,
+    TITLES,
+    entropy_cell,
+    has_statistics,
+    rank_cell,
+    row,
+)
+from adaattn_compiler.kernels.effective_rank import ENERGIES
 from adaattn_compiler.passes.choices import SiteKey
 
 _BUDGETS = {
@@ -57,9 +67,11 @@ def page(found: Calibration, name: str, seconds: float) -> str:
         f"<p>{escape(_INTRODUCTION)}</p>",
         _facts(found, sites, seconds),
         _heads(sites),
+        _statistics(sites),
         _speedups(sites),
         _curves(found, sites),
         _table(sites),
+        _statistics_table(sites),
         _origin(found),
     ]
     return (
@@ -144,6 +156,30 @@ def _heads(sites: Sequence[DecidedSite]) -> str:
     return f'<h2>What each head does</h2><p>{words}</p><div class="cards">{"".join(pictures)}</div>'
 
 
+def _statistics(sites: Sequence[DecidedSite]) -> str:
+    """Of the sites that have any."""
+    known = [site for site in sites if has_statistics(site)]
+    if not known:
+        return ""
+    pictures = [
+        _picture(
+            "Entropy, in nats; colored by its share of the most", known, entropy_cell, _shares()
+        ),
+        _picture(
+            f"Effective rank, of {ENERGIES[0]:.0%} of the energy", known, rank_cell, RANK_WORDS
+        ),
+    ]
+    words = (
+        "Computed exactly, on some rows of every sample; ranks on the first sample. Entropy is low "
+        "where a head looks at few keys. The effective rank is low where many rows look at the "
+        f"same ones; it is of {RANK_ROWS} rows, and near that it says no more than at least. "
+        "Nothing was decided by either."
+    )
+    return (
+        f'<h2>What each head is like</h2><p>{words}</p><div class="cards">{"".join(pictures)}</div>'
+    )
+
+
 def _picture(
     title: str, sites: Sequence[DecidedSite], cell_of: CellOf, meanings: Mapping[str, str]
 ) -> str:
@@ -220,19 +256,39 @@ def _curves(found: Calibration, sites: Sequence[DecidedSite]) -> str:
 
 def _table(sites: Sequence[DecidedSite]) -> str:
     titles = ("site", "head", "decision", "keys", "mean error", "p99 error", "budget")
-    row = '<tr><td>{}</td><td class="number">{}</td><td>{}</td>' + 4 * '<td class="number">{}</td>'
     rows = [
-        row.format(*map(escape, (site.policy.label, str(head), *numbers(site, head)))) + "</tr>"
+        (site.policy.label, str(head), *numbers(site, head))
         for site in sites
         for head in range(site.policy.heads)
     ]
-    head = "".join(
-        f"<th{'' if t in ('site', 'decision') else ' class=number'}>{t}</th>" for t in titles
-    )
+    return _details("All heads as a table", titles, rows)
+
+
+def _statistics_table(sites: Sequence[DecidedSite]) -> str:
+    rows = [
+        row(site, head)
+        for site in sites
+        if has_statistics(site)
+        for head in range(site.policy.heads)
+    ]
+    return _details("Statistics of all heads as a table", TITLES, rows) if rows else ""
+
+
+def _details(summary: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that is folded away."""
+    styles = ["" if title in ("site", "decision") else ' class="number"' for title in titles]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        written = (
+            f"<{tag}{style}>{escape(cell)}</{tag}>"
+            for style, cell in zip(styles, cells, strict=True)
+        )
+        return f"<tr>{''.join(written)}</tr>"
+
     return (
-        "<details><summary>All heads as a table</summary>"
-        f'<div class="card"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+        f"<details><summary>{escape(summary)}</summary>"
+        f'<div class="card"><table><thead>{line("th", titles)}</thead>'
+        f"<tbody>{''.join(line('td', cells) for cells in rows)}</tbody></table></div></details>"
     )
 
 

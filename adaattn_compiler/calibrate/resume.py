@@ -1,8 +1,8 @@
 """What a calibration has measured so far, in a file beside the policy that is to be.
 
 The file is replaced as a whole after each sample, so that whatever ends the process leaves one that
-can be gone on with. Tensors are float32 and stand in it bit by bit: a calibration that goes on from
-it decides as one that was never interrupted.
+can be gone on with. Tensors are float32 and stand in it bit by bit, other numbers to the last
+digit: a calibration that goes on from it decides as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.policy.file import write_text
 from adaattn_compiler.target import cpu_target
 
-_FORMAT = "adaattn calibration in progress 1"
+_FORMAT = "adaattn calibration in progress 2"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def _call_written(call: Call) -> dict[str, Any]:
 
 def _call_read(fields: Mapping[str, Any]) -> Call:
     errors, low, high = (_tensor_read(fields[name]) for name in ("errors", "low", "high"))
-    return Call(errors, low, high, int(fields["rows"]), int(fields["columns"]))
+    statistics = {name: tuple(map(float, each)) for name, each in fields["statistics"].items()}
+    return Call(errors, low, high, int(fields["rows"]), int(fields["columns"]), statistics)
 
 
 def _tensor_written(tensor: torch.Tensor) -> dict[str, Any]:

@@ -5,12 +5,10 @@ measure every candidate at every site -> weigh heads -> choose -> hold to the bu
 
 from __future__ import annotations
 
-import datetime
+import itertools
 import math
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -18,13 +16,22 @@ import torch
 from adaattn_compiler.calibrate.apply import Applying, Auditing
 from adaattn_compiler.calibrate.board import Board
 from adaattn_compiler.calibrate.chosen import Timing
+from adaattn_compiler.calibrate.draft import provenance, site_policy
+from adaattn_compiler.calibrate.given import asked_for, batches_of
 from adaattn_compiler.calibrate.measure import SiteMeasurements
 from adaattn_compiler.calibrate.outcome import Batch, Judge, Outcome
+from adaattn_compiler.calibrate.progress import Progress, no_progress
 from adaattn_compiler.calibrate.ranks import ALONE, Ranks
 from adaattn_compiler.calibrate.resume import Journal
 from adaattn_compiler.calibrate.samples import measured
+from adaattn_compiler.calibrate.seed import (
+    Proposing,
+    in_words,
+    proposed,
+    within_head_by_head,
+    within_together,
+)
 from adaattn_compiler.calibrate.select import (
-    Options,
     Selection,
     backed_off,
     by_price,
@@ -32,41 +39,17 @@ from adaattn_compiler.calibrate.select import (
     options_of,
     within,
 )
-from adaattn_compiler.decision import SiteDecision
-from adaattn_compiler.fingerprint import data_fingerprint, weights_fingerprint
-from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR
-from adaattn_compiler.kernels.envelope import names
+from adaattn_compiler.calibrate.weigh import weighed
+from adaattn_compiler.kernels.heuristic import HEURISTICS
 from adaattn_compiler.options import Options as RunOptions
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.choices import SiteKey
-from adaattn_compiler.policy import (
-    Budget,
-    Envelope,
-    MeasuredError,
-    Policy,
-    Provenance,
-    Range,
-    Seconds,
-    SitePolicy,
-)
-from adaattn_compiler.target import cpu_target
+from adaattn_compiler.policy import Budget, Policy
 
 # How much of a budget a preset uses.
 PRESETS = {"quality": 0.5, "balanced": 0.8, "speed": 1.0}
-# Heads up to which the weight of each is measured by itself; above it, of each site's together.
-_MOST_WEIGHED_HEADS = 128
 _WEIGHING_BATCHES = 2
-# The error at which a head's weight is measured, about.
-_WEIGHING_ERROR = 0.05
 _AUDITED_TURNS = 16
-# Room beyond what calibration saw; the least budget of a head that has none from the user.
-_ROOM, _LEAST_BUDGET = 2.0, 0.005
-
-Progress = Callable[[str, int, int], None]
-
-
-def no_progress(stage: str, done: int, of: int) -> None:
-    """Says nothing."""
 
 
 def calibrate(
@@ -78,6 +61,7 @@ def calibrate(
     max_perplexity_change: float | None = None,
     preset: str = "balanced",
     seed: int = 0,
+    heuristic: str | None = None,
     progress: Progress = no_progress,
 ) -> Policy:
     """Measure a model on sample inputs and decide how each of its heads is computed.
@@ -88,21 +72,24 @@ def calibrate(
     for models that give logits [B, N, vocabulary] for tokens `input_ids` [B, N] (or `labels`).
     progress: told (stage, how many are done, of how many: 0 where that is not known).
     preset: how much of it to use: "quality" half, "balanced" 0.8, "speed" all. The same for the
-    same seed, as far as the machine's times are. Raises ValueError for what is not so, and where
-    there is nothing to calibrate.
+    same seed, as far as the machine's times are. heuristic: "seed" takes what fixed thresholds
+    propose (kernels/heuristic.py; to compare with, not recommended) where that keeps to the budget.
+    Raises ValueError for what is not so, and where there is nothing to calibrate.
     """
     asked = asked_for(budget, output_budget, max_perplexity_change)
-    return calibration(model, batches_of(batches), asked, preset, seed, progress).policy
+    given = batches_of(batches)
+    return calibration(model, given, asked, preset, seed, progress, heuristic=heuristic).policy
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A policy, and what it was decided by. chosen: (exact, decided) seconds of each site that is
-    not all exact, measured as it will run."""
+    not all exact, measured as it will run. said: of the heuristic, where there is one."""
 
     policy: Policy
     sites: Mapping[SiteKey, SiteMeasurements]
     chosen: Mapping[SiteKey, tuple[float, float]]
+    said: str = ""
 
 
 def calibration(
@@ -114,49 +101,17 @@ def calibration(
     progress: Progress = no_progress,
     journal: Journal | None = None,
     ranks: Ranks = ALONE,
+    heuristic: str | None = None,
 ) -> Calibration:
     """As `calibrate`, with all that was measured. journal: what is measured is kept in it, and what
     it has is not measured again. ranks: shared by them; each must have the same model and data."""
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    if heuristic not in (None, *HEURISTICS):
+        raise ValueError(f"heuristic is {heuristic!r}; it must be {', '.join(HEURISTICS)}, or None")
     torch.manual_seed(seed)
-    return _Run(model, batches, budget, PRESETS[preset], progress, journal, ranks).result(seed)
-
-
-def batches_of(batches: Iterable[Mapping[str, Any] | tuple[Any, ...]]) -> list[Batch]:
-    """As (args, kwargs). ValueError where one is neither, or there is none."""
-    found = [_batch(batch) for batch in batches]
-    if not found:
-        raise ValueError("batches is empty; give at least one")
-    return found
-
-
-def asked_for(
-    budget: float | None, output_budget: float | None, max_perplexity_change: float | None
-) -> Budget:
-    kinds = {
-        "budget": budget,
-        "output_budget": output_budget,
-        "max_perplexity_change": max_perplexity_change,
-    }
-    given = {kind: value for kind, value in kinds.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"{', '.join(given) or 'no budget'} given; give one of {', '.join(kinds)}")
-    ((kind, value),) = given.items()
-    if not 0 < value < math.inf:
-        raise ValueError(f"{kind} is {value}; it must be above 0")
-    return Budget(kind, float(value))
-
-
-def _batch(batch: Mapping[str, Any] | tuple[Any, ...]) -> Batch:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
-    raise ValueError(
-        f"a batch is {type(batch).__name__}; it must be a dictionary of keyword arguments or a "
-        "tuple of arguments"
-    )
+    run = _Run(model, batches, budget, PRESETS[preset], progress, journal, ranks, heuristic)
+    return run.result(seed)
 
 
 class _Run:
@@ -171,6 +126,7 @@ class _Run:
         progress: Progress,
         journal: Journal | None,
         ranks: Ranks,
+        heuristic: str | None,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -182,6 +138,8 @@ class _Run:
         self.judge = Judge(self.board, batches, ranks)
         self.journal = journal
         self.ranks = ranks
+        self.heuristic = heuristic
+        self.said = ""
 
     def result(self, seed: int) -> Calibration:
         sites = self._measured()
@@ -196,13 +154,12 @@ class _Run:
         selection = self._selected(sites)
         outcome = self._outcome(selection, sites)
         largest = self._audited(selection, sites)
-        policy = Policy(
-            tuple(
-                self._site(site, selection[key], largest.get(key)) for key, site in sites.items()
-            ),
-            self._provenance(seed, outcome),
+        entries = tuple(
+            site_policy(site, selection[k], largest.get(k), self.budget, self.board.weights[k])
+            for k, site in sites.items()
         )
-        return Calibration(policy, sites, self._timed(selection, sites))
+        origin = provenance(self.model, self.batches, self.budget, seed, outcome)
+        return Calibration(Policy(entries, origin), sites, self._timed(selection, sites), self.said)
 
     # -- stages --------------------------------------------------------------------------------
 
@@ -210,53 +167,40 @@ class _Run:
         return measured(self.board, self.batches, self.progress, self.journal, self.ranks)
 
     def _selected(self, sites: Mapping[SiteKey, SiteMeasurements]) -> Selection:
+        if self.heuristic is not None:
+            return self._proposed(sites)
         if self.budget.kind == "budget":
             return {key: within(options_of(site), self.limit) for key, site in sites.items()}
-        options = self._weighed(sites)
-        tried = 0
-
-        def holds(selection: Selection) -> bool:
-            nonlocal tried
-            tried += 1
-            self.progress("holding the model to the budget", tried, 0)
-            return self._holds(self._outcome(selection, sites))
-
+        options = weighed(
+            sites, lambda choice: self._outcome(choice, sites, _WEIGHING_BATCHES), self.progress
+        )
+        holds = self._keeps(sites)
         best = by_price(options, holds)
         return best if holds(best) else backed_off(options, best, holds)
 
-    def _weighed(self, sites: Mapping[SiteKey, SiteMeasurements]) -> dict[SiteKey, Options]:
-        """What a head's error does to the model, as measured of one error of each."""
-        heads = [(key, head) for key, site in sites.items() for head in range(_heads(site))]
-        if len(heads) <= _MOST_WEIGHED_HEADS:
-            groups = [[place] for place in heads]
+    def _proposed(self, sites: Mapping[SiteKey, SiteMeasurements]) -> Selection:
+        proposing = Proposing()
+        self.progress("asking the heuristic", 0, 1)
+        self.board.run(*self.batches[0], proposing)
+        self.progress("asking the heuristic", 1, 1)
+        # Of the first rank: others might round otherwise.
+        wanted = self.ranks.from_first(proposed(sites, proposing.proposals))
+        if self.budget.kind == "budget":
+            found = within_head_by_head(sites, wanted, self.limit)
         else:
-            groups = [[(key, head) for head in range(_heads(site))] for key, site in sites.items()]
-        weights = {
-            key: torch.zeros(_heads(site), dtype=torch.float64) for key, site in sites.items()
-        }
-        for i, group in enumerate(groups):
-            self.progress("weighing heads", i, len(groups))
-            damage, squares = self._damage_of(group, sites)
-            for key, head in group:
-                weights[key][head] = damage / squares if squares else 0.0
-        return {key: options_of(site, weights[key]) for key, site in sites.items()}
+            found = within_together(sites, wanted, self._keeps(sites))
+        self.said = in_words(wanted, found)
+        return found
 
-    def _damage_of(
-        self, group: Sequence[tuple[SiteKey, int]], sites: Mapping[SiteKey, SiteMeasurements]
-    ) -> tuple[float, float]:
-        """(what it does to the model, the sum of squared errors) of some heads disturbed."""
-        selection = {key: [0] * _heads(site) for key, site in sites.items()}
-        squares = 0.0
-        for key, head in group:
-            error = sites[key].mean()[:, head]
-            distance = (error.clamp(min=1e-9) / _WEIGHING_ERROR).log().abs()
-            distance[0] = float("inf")
-            selection[key][head] = int(distance.argmin())
-            squares += float(error[selection[key][head]]) ** 2
-        chosen = {key: tuple(c) for key, c in selection.items()}
-        outcome = self._outcome(chosen, sites, _WEIGHING_BATCHES)
-        damage = outcome.output_error**2 if outcome.kl is None else outcome.kl
-        return max(damage, 0.0), squares
+    def _keeps(self, sites: Mapping[SiteKey, SiteMeasurements]) -> Callable[[Selection], bool]:
+        """Whether a selection keeps to the budget, as measured."""
+        tried = itertools.count(1)
+
+        def holds(selection: Selection) -> bool:
+            self.progress("holding the model to the budget", next(tried), 0)
+            return self._holds(self._outcome(selection, sites))
+
+        return holds
 
     def _outcome(
         self,
@@ -302,98 +246,3 @@ class _Run:
             self.board.run(*self.batches[0], timing)
             self.progress("timing the choice", 1, 1)
         return self.ranks.from_first(timing.seconds)
-
-    # -- what is written -----------------------------------------------------------------------
-
-    def _site(
-        self, site: SiteMeasurements, chosen: tuple[int, ...], audited: torch.Tensor | None
-    ) -> SitePolicy:
-        heads = range(_heads(site))
-        p99, mean = site.p99(), site.mean()
-        errors = tuple(
-            MeasuredError(float(mean[c, i]), float(p99[c, i]))
-            for i, c in zip(heads, chosen, strict=True)
-        )
-        shape = site.problem.shape
-        own = self.budget.kind == "budget"
-        seen = p99.new_zeros(2, len(heads)) if audited is None else audited
-        budgets = tuple(
-            self.budget.value
-            if own
-            else max(_ROOM * error.p99, _ROOM * float(seen[1, i]), _LEAST_BUDGET)
-            for i, error in enumerate(errors)
-        )
-        seconds = Seconds(
-            site.seconds[0], sum(site.seconds[c] for c in chosen) / len(chosen), measured=True
-        )
-        return SitePolicy(
-            site.key.name,
-            site.key.ordinal,
-            site.problem.spec.key(),
-            shape.kv_heads,
-            shape.head_dim,
-            shape.value_dim,
-            str(site.problem.dtype).removeprefix("torch."),
-            SiteDecision(tuple(site.candidates[c] for c in chosen)),
-            _envelope(site, audited, budgets),
-            budgets,
-            errors,
-            seconds,
-            weights=self.board.weights[site.key],
-        )
-
-    def _provenance(self, seed: int, outcome: Outcome) -> Provenance:
-        results = {
-            "output_error": outcome.output_error,
-            "kl": outcome.kl,
-            "perplexity_change": outcome.perplexity_change,
-        }
-        parameters = getattr(self.model, "named_parameters", lambda: ())
-        return Provenance(
-            versions={
-                "adaattn": metadata.version("adaattn-compiler"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            device=cpu_target(torch.get_num_threads()).name,
-            weights=weights_fingerprint(parameters()),
-            data=data_fingerprint(self.batches),
-            created=datetime.date.today().isoformat(),
-            seed=seed,
-            budget=self.budget,
-            results={name: value for name, value in results.items() if value is not None},
-        )
-
-
-def _heads(site: SiteMeasurements) -> int:
-    return site.problem.shape.heads
-
-
-def _envelope(
-    site: SiteMeasurements, audited: torch.Tensor | None, budgets: Sequence[float]
-) -> Envelope:
-    assert site.low is not None
-    assert site.high is not None
-    statistics = {
-        name: tuple(_widened(name, float(a), float(b)) for a, b in zip(low, high, strict=True))
-        for name, low, high in zip(names(), site.low, site.high, strict=True)
-    }
-    if audited is not None:
-        limits = (
-            max(_ROOM * float(seen), budget)
-            for seen, budget in zip(audited[0], budgets, strict=True)
-        )
-        statistics[AUDIT_ERROR] = tuple(Range(0.0, limit) for limit in limits)
-    # Shorter texts leave less out; longer ones were not seen.
-    return Envelope(
-        Range(max(min(site.rows) // 2, 1), max(site.rows)),
-        Range(max(min(site.columns) // 2, 1), max(site.columns)),
-        statistics,
-    )
-
-
-def _widened(name: str, low: float, high: float) -> Range:
-    """With room; of a share, half of what is left to 1."""
-    if name.endswith("_mean"):
-        return Range(0.0, high + (1 - high) / 2)
-    return Range(low / _ROOM, high * _ROOM)

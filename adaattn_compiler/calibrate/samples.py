@@ -7,7 +7,7 @@ the first rank while the others wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ from adaattn_compiler.calibrate.measure import (
     ranges,
 )
 from adaattn_compiler.calibrate.outcome import Batch
+from adaattn_compiler.calibrate.progress import Progress
 from adaattn_compiler.calibrate.ranks import ALONE, Ranks
 from adaattn_compiler.calibrate.resume import Begun, Journal
 from adaattn_compiler.kernels.problem import Problem
@@ -28,8 +29,6 @@ from adaattn_compiler.passes.choices import SiteKey
 
 # How far statistics of the same inputs may lie apart: sums may run in another order.
 _SAME = 1e-3
-
-Progress = Callable[[str, int, int], None]
 
 
 def measured(
@@ -102,7 +101,7 @@ class _Samples:
         self._keep()
 
     def _measure(self, i: int) -> None:
-        self._measuring.sample = {}
+        self._measuring.sample, self._measuring.turn = {}, i
         self._board.run(*self._batches[i], self._measuring)
         self._samples[i] = self._measuring.sample
 

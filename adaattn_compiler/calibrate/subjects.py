@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from adaattn_compiler import subjects
 from adaattn_compiler.calibrate.outcome import Batch
 from adaattn_compiler.kernels.measure import first_line
-from adaattn_compiler.subjects import Fault, dtype_of
+from adaattn_compiler.subjects import Fault, arguments_of, dtype_of, in_mode, made_by, named
 
 # Files of which a folder with a tokenizer has at least one.
 _TOKENIZERS = (
@@ -46,7 +45,7 @@ class Samples:
 def from_code(name: str, data: str | None, samples: int | None) -> Samples:
     """A model made by "module:function", and its batches: those of `data`, or the inputs that the
     function gave beside the model. samples: how many at most."""
-    made = subjects._made(name)
+    made = made_by(name)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not callable(model):
         raise Fault(
@@ -55,11 +54,11 @@ def from_code(name: str, data: str | None, samples: int | None) -> Samples:
     if data is None and inputs is None:
         raise Fault(f"{name} gives no inputs: add --data module:batches")
     batches = [inputs] if data is None else _batches(data, samples)
-    return Samples(subjects._in_mode(model, False), [subjects._arguments(b) for b in batches])
+    return Samples(in_mode(model, False), [arguments_of(b) for b in batches])
 
 
 def _batches(name: str, samples: int | None) -> list[Any]:
-    found = subjects._named(name)
+    found = named(name)
     try:
         found = found() if callable(found) else found
         batches = list(itertools.islice(_several(found, name), samples))

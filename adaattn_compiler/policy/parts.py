@@ -100,7 +100,8 @@ class SitePolicy:
     budget: for each head the relative L2 error that is allowed at run time.
     error: for each head what was measured in calibration; None where this decision was not.
     seconds: None where not known. weights: fingerprint of the parameters of the module and those in
-    it; None where it has none, or that is not to be checked.
+    it; None where it has none, or that is not to be checked. statistics: what each head does when
+    it is computed exactly, by name (docs/statistics.md): nothing is decided by them.
     """
 
     name: str
@@ -117,11 +118,17 @@ class SitePolicy:
     seconds: Seconds | None = None
     training: bool = False
     weights: str | None = None
+    statistics: Mapping[str, tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
+        if self.statistics is not None:
+            object.__setattr__(self, "statistics", FrozenMap(self.statistics))
         for what in ("budget", "error"):
             if len(getattr(self, what)) != self.heads:
                 raise PolicyError((what,), f"has {len(getattr(self, what))} {self._per_head}")
+        for name, values in (self.statistics or {}).items():
+            if len(values) != self.heads:
+                raise PolicyError(("statistics", name), f"has {len(values)} {self._per_head}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise PolicyError(
                 ("kv_heads",), f"is {self.kv_heads}; it must divide {self.heads} heads"

@@ -91,7 +91,10 @@ class Policy:
         """A short stable name for all that changes what is computed: sites, decisions, envelopes
         and budgets; not for what was measured, when or where."""
         sites = sorted(self.sites, key=lambda site: (site.name, site.ordinal))
-        bare = [dataclasses.replace(s, error=(None,) * s.heads, seconds=None) for s in sites]
+        bare = [
+            dataclasses.replace(s, error=(None,) * s.heads, seconds=None, statistics=None)
+            for s in sites
+        ]
         content = POLICY_FIELDS["sites"].form.write(bare)
         text = json.dumps([self.version, content], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -36,16 +36,17 @@ class Column(enum.IntEnum):
 @dataclass(frozen=True)
 class StateForm:
     """What a state has after the rows of its heads, nothing for a policy's. rows: how many more.
-    plan: the text of the plan that they are of (kernels/online.py). weights: the fingerprint of the
-    parameters that the site's module had."""
+    plan: the text of the plan that they are of (kernels/online.py)."""
 
     rows: int = 0
     plan: str = ""
-    weights: str | None = None
+
+
+HEADS_ONLY = StateForm()
 
 
 def new_state(
-    heads: int, device: torch.device | str = "cpu", form: StateForm = StateForm()
+    heads: int, device: torch.device | str = "cpu", form: StateForm = HEADS_ONLY
 ) -> torch.Tensor:
     """The state of a site that nothing has run through."""
     return torch.zeros(heads + form.rows, len(Column), dtype=torch.float64, device=device)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from adaattn_compiler.runtime.state import Column
+
 DONE, NOT_FINITE, NO_MEMORY = 0, 1, 2
 # Bits of a plan's modes: which product's operands are rounded.
 SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16 = 1, 2
@@ -94,17 +96,24 @@ def forward(compiled: ctypes.CDLL, arguments: Arguments) -> int:
 
 def guard(
     compiled: ctypes.CDLL,
-    arguments: Arguments,
-    low: torch.Tensor,
-    high: torch.Tensor,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bounds: Sequence[torch.Tensor],
+    state: torch.Tensor,
     flags: torch.Tensor,
 ) -> None:
-    """Write flags, int32 [B,H]: whether the statistics of q, k and v are from low to high, float32
-    [9,H] each (guards.h)."""
-    none = _row_of(())
-    call = _CALL.pack(*_call_of(arguments, none, none, none))
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (low, high, flags))
-    compiled.attention_guard(call, *pointers)
+    """Write flags, int32 [B,H] (guards.h). bounds: low and high, float32 [9,H]; state: float64
+    [H, columns] (runtime/state.py). All but q, k and v contiguous."""
+    q, k, v = qkv
+    low, high = bounds
+    call = _GUARD.pack(
+        *_tensor_of(q),
+        *_tensor_of(k),
+        *_tensor_of(v),
+        *(*q.shape[:3], k.shape[2], torch.get_num_threads()),
+        *(low.data_ptr(), high.data_ptr(), state.data_ptr(), state.shape[1], Column.DEMOTED),
+        flags.data_ptr(),
+    )
+    compiled.attention_guard(call)
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,7 @@ def backward(
 
 _CALL = struct.Struct("39qQ4qd")  # the seed has no sign
 _DECIDED = struct.Struct("8q")
+_GUARD = struct.Struct("23q")
 _Row = ctypes.Array[ctypes.c_int64]
 
 

@@ -104,11 +104,7 @@ class DecidedRunner:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
         """Flags, int32 [B,H]: AS_DECIDED, LEFT_ENVELOPE or DEMOTED."""
-        flags = self._base.guard(q, k, v, self._bounds)
-        demoted = state.numpy()[:, Column.DEMOTED] > 0
-        if demoted.any():
-            flags.numpy()[:, demoted] = DEMOTED
-        return flags
+        return self._base.guard(q, k, v, self._bounds, state)
 
     def __call__(
         self,

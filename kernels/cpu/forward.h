@@ -105,7 +105,8 @@ static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t ro
                        float sum, const float* weighted) {
   const float scale = with_sink(call, batch, head, row, largest, sum);
   const int64_t place = (batch * call.heads + head) * call.rows + row;
-  const float lse = largest == -kInfinity ? largest : largest + std::log(sum);
+  const bool wants_lse = call.lse && largest != -kInfinity;
+  const float lse = wants_lse ? largest + std::log(sum) : -kInfinity;
   if (call.statistics) {
     call.statistics[2 * place] = largest;
     call.statistics[2 * place + 1] = sum;
@@ -144,6 +145,7 @@ struct QueryBlock {
     bool finite = true;
     for (int64_t row = 0; row < rows; ++row) {
       const Number* query = row_of(call.q, batch, head, first + row);
+      fetch<kHeadDim>(query + kRowsAhead * call.q.row_stride);
       finite &= is_finite<kHeadDim>(query);
       pack_row<kHeadDim>(query, queries + row * kQueryWords);
       state[row] = RowState{};

@@ -36,9 +36,23 @@ static void measure(const Tensor& tensor, int64_t batch, int64_t head, int64_t r
   found[2] = sum_of(of_mean) / (float(count) * float(count) * kDim) / least;
 }
 
-// flags [B, H]: 1 where all nine statistics, those of the key head too, are in their ranges: low and
-// high [9, H], of Q, K and V in turn. NaN is in none.
-static void guard(const Call& call, const float* low, const float* high, int32_t* flags) {
+// All members of 64 bits; kernels/cpu/call.py fills it.
+struct GuardCall {
+  Tensor q, k, v;
+  int64_t batch, heads, rows, columns, threads;
+  const float *low, *high;  // [9, H], of Q, K and V in turn
+  const double* state;      // [H, state_stride], of which `demoted` is one column
+  int64_t state_stride, demoted;
+  int32_t* flags;  // [B, H]
+};
+
+static_assert(sizeof(GuardCall) == 23 * 8, "all members are of 64 bits");
+
+constexpr int32_t kDemotedFlag = -2;
+
+// flags: 1 where all nine statistics, those of the key head too, are in their ranges, else 0; NaN is
+// in none. Another one where the head is demoted.
+static void guard(const GuardCall& call) {
   const int64_t kv_heads = call.heads / kGroup;
 #pragma omp parallel for num_threads(call.threads) schedule(static)
   for (int64_t item = 0; item < call.batch * kv_heads; ++item) {
@@ -47,13 +61,17 @@ static void guard(const Call& call, const float* low, const float* high, int32_t
     measure<kHeadDim>(call.k, batch, kv_head, call.columns, found[1]);
     measure<kValueDim>(call.v, batch, kv_head, call.columns, found[2]);
     for (int64_t head = kv_head * kGroup; head < (kv_head + 1) * kGroup; ++head) {
+      int32_t& flag = call.flags[batch * call.heads + head];
+      flag = kDemotedFlag;
+      if (call.state[head * call.state_stride + call.demoted] > 0) continue;
       measure<kHeadDim>(call.q, batch, head, call.rows, found[0]);
       bool inside = true;
       for (int64_t i = 0; i < 3 * kMeasures; ++i) {
         const float value = found[i / kMeasures][i % kMeasures];
-        inside &= value >= low[i * call.heads + head] && value <= high[i * call.heads + head];
+        const int64_t at = i * call.heads + head;
+        inside &= value >= call.low[at] && value <= call.high[at];
       }
-      flags[batch * call.heads + head] = inside;
+      flag = inside;
     }
   }
 }

@@ -56,11 +56,41 @@ static inline void pack_row(const Number* row, Word* packed) {
     for (int d = 0; d < kDim; ++d) packed[d] = to_float(row[d]);
   } else if constexpr (std::is_same_v<Number, Bfloat16> && kDim % 2 == 0) {
     std::memcpy(packed, row, kDim * sizeof(Number));
+  } else if constexpr (kDim % kLanes == 0) {
+    for (int d = 0; d < kDim; d += kLanes)
+      store_rounded(reinterpret_cast<Bfloat16*>(packed) + d, load_floats(row + d));
   } else {
     for (int d = 0; d + 1 < kDim; d += 2)
       packed[d / 2] = pair_of(to_float(row[d]), to_float(row[d + 1]));
     if constexpr (kDim % 2 != 0) packed[kDim / 2] = pair_of(to_float(row[kDim - 1]), 0.0f);
   }
+}
+
+// Lane j of vector i and lane i of vector j change places: each round zips vectors half of them apart.
+template <int kRound = 1>
+static inline void transpose(Floats* square) {
+  if constexpr (kRound < kLanes) {
+    Floats zipped_ones[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const Floats a = square[i], b = square[i + kLanes / 2];
+      zipped_ones[2 * i] = zipped<0>(a, b, Lanes());
+      zipped_ones[2 * i + 1] = zipped<kLanes / 2>(a, b, Lanes());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) square[i] = zipped_ones[i];
+    transpose<2 * kRound>(square);
+  }
+}
+
+// Rows lie as far apart as all heads of a position reach, so that the machine does not see which comes
+// next: one is fetched so many rows ahead. Always inline: GCC drops calls of what only prefetches.
+constexpr int kRowsAhead = 16;
+
+template <int kDim, typename Number>
+static inline __attribute__((always_inline)) void fetch(const Number* row) {
+#pragma GCC unroll 16
+  for (int d = 0; d < kDim; d += int(64 / sizeof(Number))) __builtin_prefetch(row + d, 0, 3);
 }
 
 // A block of keys transposed: panels of [words, kPanel], keys beyond `keys` zero. Whether all is
@@ -75,14 +105,20 @@ static bool pack_keys(const Number* from, int64_t row_stride, int64_t keys, Word
     for (int row = 0; row < kLanes; ++row) {
       if (first + row < keys) {
         const Number* key = from + (first + row) * row_stride;
+        fetch<kDim>(key + kRowsAhead * row_stride);
         finite &= is_finite<kDim>(key);
         pack_row<kDim>(key, rows[row]);
       } else {
         std::memset(rows[row], 0, sizeof rows[row]);
       }
     }
-    for (int word = 0; word < kWords; ++word)
-      for (int row = 0; row < kLanes; ++row) out[word * kPanel + row] = rows[row][word];
+    for (int word = 0; word < kWords; word += kLanes) {
+      Floats square[kLanes];
+      for (int row = 0; row < kLanes; ++row) square[row] = (Floats)load(rows[row] + word);
+      transpose(square);
+      for (int i = 0; i < kLanes && word + i < kWords; ++i)
+        store(reinterpret_cast<float*>(out) + (word + i) * kPanel, square[i]);
+    }
   }
   return finite;
 }
@@ -99,7 +135,7 @@ static bool pack_values(const Number* from, int64_t row_stride, int64_t keys, Wo
     for (int part = 0; part < kInWord<Word>; ++part) {
       const int64_t key = step * kInWord<Word> + part;
       const Number* row = from + key * row_stride;
-      if (key < keys) finite &= is_finite<kDim>(row);
+      if (key < keys) fetch<kDim>(row + kRowsAhead * row_stride), finite &= is_finite<kDim>(row);
       for (int d = 0; d < kDim; ++d) rows[part][d] = key < keys ? to_float(row[d]) : 0.0f;
     }
     for (int column = 0; column < kPadded; column += kPanel) {

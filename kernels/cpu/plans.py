@@ -110,7 +110,12 @@ def check_flags(flags: torch.Tensor, state: torch.Tensor, heads: tuple[int, int]
     """ValueError unless there is a flag for each batch item and head, and a state for each head."""
     if flags.dtype != torch.int32 or flags.shape != heads:
         raise ValueError(f"flags {flags.dtype} {tuple(flags.shape)}: int32 {heads}")
-    wanted = (heads[1], len(Column))
+    check_state(state, heads[1])
+
+
+def check_state(state: torch.Tensor, heads: int) -> None:
+    """ValueError unless there is a row for each head."""
+    wanted = (heads, len(Column))
     if state.dtype != torch.float64 or state.shape != wanted or not state.is_contiguous():
         raise ValueError(f"state {state.dtype} {tuple(state.shape)}: contiguous float64 {wanted}")
 

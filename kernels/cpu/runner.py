@@ -31,6 +31,7 @@ from adaattn_compiler.kernels.cpu.plans import (
     check_counts,
     check_flags,
     check_plan,
+    check_state,
     every_block,
     lists_of,
     with_plan,
@@ -177,17 +178,24 @@ class CppRunner:
         return out
 
     def guard(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Sequence[torch.Tensor]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bounds: Sequence[torch.Tensor],
+        state: torch.Tensor,
     ) -> torch.Tensor:
-        """Whether the statistics of q, k and v are within bounds: int32 [B,H]. bounds: low and
-        high, contiguous float32 [9,H] (kernels/envelope.py)."""
+        """Whether the statistics of q, k and v are within bounds: int32 [B,H], 1 or 0, -2 where
+        the state says that the head is demoted. bounds: low and high, contiguous float32 [9,H]
+        (kernels/envelope.py)."""
         self._check(q, k, v, None)
-        flags = torch.zeros(q.shape[:2], dtype=torch.int32)
-        if q.numel() and k.numel():
-            q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
-            low, high = bounds
-            given = Arguments(q, k, v, q, (), (), self._every_plan(k.shape[2]))
-            guard(self._library, given, low, high, flags)
+        batch, heads = q.shape[:2]
+        check_state(state, heads)
+        if not (q.numel() and k.numel()):
+            return torch.zeros((batch, heads), dtype=torch.int32)
+        flags = torch.empty((batch, heads), dtype=torch.int32)
+        qkv = (with_unit_stride(q), with_unit_stride(k), with_unit_stride(v))
+        guard(self._library, qkv, bounds, state, flags)
         return flags
 
     def decided(

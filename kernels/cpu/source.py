@@ -296,10 +296,7 @@ _FORWARD = """extern "C" int64_t attention_forward(const Call* call) {
   return attention(*call);
 }
 
-extern "C" void attention_guard(const Call* call, const float* low, const float* high,
-                                int32_t* flags) {
-  guard(*call, low, high, flags);
-}
+extern "C" void attention_guard(const GuardCall* call) { guard(*call); }
 
 extern "C" int64_t attention_decided(const DecidedCall* call) {
   return Decided(*call).run();

@@ -81,6 +81,7 @@ def compiled_forward(
     types = {
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), dtype),
         **dict.fromkeys(("lse_ptr", "statistics_ptr", "entropy_ptr", "maximum_ptr"), "float32"),
+        "skip_ptr": "float32",
         **dict.fromkeys(("table_ptr", "blocks_ptr", "flags_ptr"), "int32"),
         **dict.fromkeys(("alternative_table_ptr", "alternative_blocks_ptr"), "int32"),
     }
@@ -135,6 +136,7 @@ def compiled_lowrank(
         **dict.fromkeys(tensors, dtype),
         **dict.fromkeys(("lse_ptr", "log_count_ptr"), "float32"),
         **dict.fromkeys(("near_ptr", "near_blocks_ptr", "far_ptr", "far_blocks_ptr"), "int32"),
+        "flags_ptr": "int32",
     }
     fixed = lowrank_constants(
         made_for.spec, dims, tiles, precision, centroids=centroids, **switches

@@ -101,7 +101,7 @@ def fused_decode(
         acc, l_i, m_i, t_i = visit_block(
             acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn, block * BLOCK_N,
             b, h[:, None], q, M, N, OPERANDS,
-            True, SCALE, UNIT, QK, PV, False, False, True,
+            True, 0.0, False, SCALE, UNIT, QK, PV, False, False, True,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on

@@ -5,8 +5,10 @@ where LISTED (tables.py), otherwise by the closed form of the mask (ranges.py), 
 Last rows are first: under a causal mask they take longest. What is done in a block is in
 softmax.py.
 
-With HAS_FLAGS each head's flag says by which of two ways it goes: 0 as without flags, 1 through the
-blocks of another table, and with products of another precision (ALTERNATIVE_QK, ALTERNATIVE_PV).
+With HAS_FLAGS each head's flag says by which of two ways it goes: 0 as without flags, above 0
+through the blocks of another table, and with products of another precision (ALTERNATIVE_QK,
+ALTERNATIVE_PV), where there is one (HAS_ALTERNATIVE). Below 0 it is absent: nothing of it is read,
+and its output stays as it is.
 Without HAS_VALUES no value is read and there is no output, only what is known of the rows.
 
 With BY_DESCRIPTOR tiles of keys and values come through descriptors made in the kernel: for sm_90
@@ -34,6 +36,8 @@ def visit_blocks(
     table_ptr,
     blocks_ptr,
     taken,
+    skip,
+    HAS_SKIP: tl.constexpr,
     row_block,
     b,
     h,
@@ -67,7 +71,7 @@ def visit_blocks(
         acc, l_i, m_i, t_i = visit_block(
             acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn, block * BLOCK_N,
             b, h, offs_m, M, N, OPERANDS,
-            False, SCALE, UNIT, QK, PV, LAZY, HAS_ENTROPY, HAS_VALUES,
+            False, skip, HAS_SKIP, SCALE, UNIT, QK, PV, LAZY, HAS_ENTROPY, HAS_VALUES,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on
@@ -77,7 +81,7 @@ def visit_blocks(
         acc, l_i, m_i, t_i = visit_block(
             acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn, block * BLOCK_N,
             b, h, offs_m, M, N, OPERANDS,
-            True, SCALE, UNIT, QK, PV, LAZY, HAS_ENTROPY, HAS_VALUES,
+            True, skip, HAS_SKIP, SCALE, UNIT, QK, PV, LAZY, HAS_ENTROPY, HAS_VALUES,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on
@@ -98,6 +102,7 @@ def attend(
     table_ptr,
     blocks_ptr,
     flags_ptr,
+    skip_ptr,
     alternative_table_ptr,
     alternative_blocks_ptr,
     stride_qb,
@@ -135,6 +140,8 @@ def attend(
     HAS_ENTROPY: tl.constexpr,
     HAS_MAXIMUM: tl.constexpr,
     HAS_FLAGS: tl.constexpr,
+    HAS_ALTERNATIVE: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     QK: tl.constexpr,
     PV: tl.constexpr,
     ALTERNATIVE_QK: tl.constexpr,
@@ -173,22 +180,28 @@ def attend(
 
     offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_inside = offs_m < M
+    taken = 1
+    if HAS_FLAGS:
+        flag = tl.load(flags_ptr + b * stride_fb + h * stride_fh)
+        rows_inside = rows_inside & (flag >= 0)
+        taken = tl.where(flag == 0 if HAS_ALTERNATIVE else flag >= 0, 1, 0)
     q_tile = load_rows(q_ptr, offs_m, stride_qm, rows_inside, HEAD_DIM, BLOCK_D)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     t_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
 
-    taken = 1
-    if HAS_FLAGS:
-        flag = tl.load(flags_ptr + b * stride_fb + h * stride_fh)
-        taken = tl.where(flag == 0, 1, 0)
+    if HAS_ALTERNATIVE:
         if ALTERNATIVE_LISTED:
             alternative_table_ptr += b * stride_ab + h * stride_ah + row_block * 4
+        skip = 0.0
+        if HAS_SKIP:
+            skip = tl.load(skip_ptr + h) * (LOG2_E / UNIT)
+            skip = tl.where(rows_inside, skip, float("-inf"))  # other rows do not count
         # fmt: off
         acc, l_i, m_i, t_i = visit_blocks(
             acc, l_i, m_i, t_i, q_tile, keys, values, stride_kn, stride_vn,
-            alternative_table_ptr, alternative_blocks_ptr, 1 - taken,
+            alternative_table_ptr, alternative_blocks_ptr, tl.where(flag > 0, 1, 0), skip, HAS_SKIP,
             row_block, b, h, offs_m, M, N, OPERANDS,
             ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, SCALE, UNIT, ALTERNATIVE_QK, ALTERNATIVE_PV,
             LAZY, HAS_ENTROPY, HAS_VALUES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
@@ -197,11 +210,13 @@ def attend(
     # fmt: off
     acc, l_i, m_i, t_i = visit_blocks(
         acc, l_i, m_i, t_i, q_tile, keys, values, stride_kn, stride_vn,
-        table_ptr, blocks_ptr, taken, row_block, b, h, offs_m, M, N, OPERANDS,
+        table_ptr, blocks_ptr, taken, 0.0, False, row_block, b, h, offs_m, M, N, OPERANDS,
         LISTED, FULL_RUN, SCALE, UNIT, QK, PV,
         LAZY, HAS_ENTROPY, HAS_VALUES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )
     # fmt: on
+    if HAS_FLAGS:
+        l_i = tl.where(flag < 0, 1.0, l_i)  # no row of an absent head counts as empty
     row = (batch * H + head) * M + offs_m
     if HAS_MAXIMUM:
         tl.store(maximum_ptr + row, largest_score(l_i, m_i, UNIT), mask=rows_inside)
@@ -237,6 +252,7 @@ def fused_qk_softmax_av(
     table_ptr,  # int32 [B|1,H|1, blocks of rows, 4], where LISTED, see tables.py
     blocks_ptr,  # int32, likewise
     flags_ptr,  # int32 [B|1,H|1], where HAS_FLAGS
+    skip_ptr,  # float32 [H], of the alternative, where HAS_SKIP: see softmax.py
     alternative_table_ptr,  # where ALTERNATIVE_LISTED, as table_ptr
     alternative_blocks_ptr,
     stride_qb,
@@ -275,6 +291,8 @@ def fused_qk_softmax_av(
     HAS_ENTROPY: tl.constexpr,
     HAS_MAXIMUM: tl.constexpr,
     HAS_FLAGS: tl.constexpr,
+    HAS_ALTERNATIVE: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     QK: tl.constexpr,  # the precision of products, see `product`
     PV: tl.constexpr,
     ALTERNATIVE_QK: tl.constexpr,
@@ -296,25 +314,26 @@ def fused_qk_softmax_av(
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             attend(
                 tile, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, statistics_ptr, entropy_ptr,
-                maximum_ptr, table_ptr, blocks_ptr, flags_ptr, alternative_table_ptr,
+                maximum_ptr, table_ptr, blocks_ptr, flags_ptr, skip_ptr, alternative_table_ptr,
                 alternative_blocks_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg,
                 stride_kn, stride_vb, stride_vg, stride_vn, stride_ob, stride_oh, stride_om,
                 stride_tb, stride_th, stride_fb, stride_fh, stride_ab, stride_ah, H, M, N,
                 OPERANDS, SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, HAS_SINK, EMPTY_ROW,
-                HAS_VALUES, HAS_LSE, HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS, QK, PV,
-                ALTERNATIVE_QK, ALTERNATIVE_PV, LAZY, LISTED, FULL_RUN, ALTERNATIVE_LISTED,
-                ALTERNATIVE_FULL_RUN, BY_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+                HAS_VALUES, HAS_LSE, HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS,
+                HAS_ALTERNATIVE, HAS_SKIP, QK, PV, ALTERNATIVE_QK, ALTERNATIVE_PV, LAZY, LISTED,
+                FULL_RUN, ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, BY_DESCRIPTOR, BLOCK_M, BLOCK_N,
+                BLOCK_D, BLOCK_E,
             )
     else:
         attend(
             tl.program_id(0), q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, statistics_ptr, entropy_ptr,
-            maximum_ptr, table_ptr, blocks_ptr, flags_ptr, alternative_table_ptr,
+            maximum_ptr, table_ptr, blocks_ptr, flags_ptr, skip_ptr, alternative_table_ptr,
             alternative_blocks_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kg,
             stride_kn, stride_vb, stride_vg, stride_vn, stride_ob, stride_oh, stride_om,
             stride_tb, stride_th, stride_fb, stride_fh, stride_ab, stride_ah, H, M, N, OPERANDS,
             SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, HAS_SINK, EMPTY_ROW, HAS_VALUES, HAS_LSE,
-            HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS, QK, PV, ALTERNATIVE_QK,
-            ALTERNATIVE_PV, LAZY, LISTED, FULL_RUN, ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN,
-            BY_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS, HAS_ALTERNATIVE, HAS_SKIP, QK, PV,
+            ALTERNATIVE_QK, ALTERNATIVE_PV, LAZY, LISTED, FULL_RUN, ALTERNATIVE_LISTED,
+            ALTERNATIVE_FULL_RUN, BY_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )
     # fmt: on

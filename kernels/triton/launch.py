@@ -54,15 +54,22 @@ class Products:
 
 @dataclass(frozen=True)
 class Alternative:
-    """What heads do instead whose flag is not 0.
+    """What heads do instead whose flag is above 0; those below 0 are left out.
 
     flags: int32 [B|1,H|1], read on the device. table: other blocks of keys, for tiles of the same
-    size; None: the same. products: None: the same.
+    size; None: the same. products: None: the same. skip: float32 [H], see softmax.py; None: nothing
+    is skipped.
     """
 
     flags: torch.Tensor
     table: BlockTable | None = None
     products: Products | None = None
+    skip: torch.Tensor | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is one: else flags say only which heads are there."""
+        return any(part is not None for part in (self.table, self.products, self.skip))
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ def forward(
     lazy: bool = False,
     by_descriptor: bool = False,
     programs: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[B,H,M,E], laid out as [B,M,H,E].
 
@@ -106,11 +114,12 @@ def forward(
     of the mask's closed form. lazy: outputs are rescaled only when the maximum has grown by much.
     by_descriptor: see forward.py; launched directly on a GPU it wants `triton.set_allocator`, which
     Inductor sees to. ValueError where keys or values do not lie as it needs them. programs: so many
-    take the tiles in turn; None: one each.
+    take the tiles in turn; None: one each. out: to be written, where it is there already.
     For the rest see `Wanted`, `Alternative`.
     """
     batch, heads, rows, _ = q_BHMD.shape
-    out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
+    if out is None:
+        out = q_BHMD.new_empty(batch, rows, heads, v_BGNE.shape[3]).transpose(1, 2)
     wanted = Wanted(lse, statistics, entropy, score_maximum)
     given = (q_BHMD, k_BGND, v_BGNE, out)
     _launch(
@@ -183,6 +192,7 @@ def _launch(
             None if table is None else table.table,
             None if table is None else table.blocks,
             None if alternative is None else alternative.flags,
+            None if alternative is None else alternative.skip,
             None if other is None else other.table,
             None if other is None else other.blocks,
         )
@@ -202,7 +212,7 @@ def _launch(
         *q.stride()[:3],
         *k.stride()[:3],
         *(stride for tensor in (v, out) for stride in _strides(tensor)),
-        *(stride for tensor in (tables[0], *tables[2:4]) for stride in broadcast_strides(tensor)),
+        *(stride for place in (0, 2, 4) for stride in broadcast_strides(tables[place])),
         total,
         heads,
         rows,
@@ -225,6 +235,8 @@ def _launch(
             listed=table is not None,
             full_run=table is None or table.full_run,
             has_flags=alternative is not None,
+            has_alternative=alternative is not None and alternative.differs,
+            has_skip=alternative is not None and alternative.skip is not None,
             alternative=None if alternative is None else alternative.products,
             alternative_listed=other is not None,
             alternative_full_run=other is None or other.full_run,
@@ -289,11 +301,13 @@ def constants(
     listed: bool = False,
     full_run: bool = True,
     has_flags: bool = False,
+    has_alternative: bool | None = None,
+    has_skip: bool = False,
     alternative: Products | None = None,
     alternative_listed: bool = False,
     alternative_full_run: bool = True,
 ) -> dict[str, Any]:
-    """What the forward kernel is specialized for."""
+    """What the forward kernel is specialized for; has_alternative: None: as has_flags."""
     products = products_of(precision)
     other = alternative or products
     return {
@@ -304,6 +318,8 @@ def constants(
         "HAS_ENTROPY": has_entropy,
         "HAS_MAXIMUM": has_maximum,
         "HAS_FLAGS": has_flags,
+        "HAS_ALTERNATIVE": has_flags if has_alternative is None else has_alternative,
+        "HAS_SKIP": has_skip,
         "QK": products.qk,
         "PV": products.pv,
         "ALTERNATIVE_QK": other.qk,

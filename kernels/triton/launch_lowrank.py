@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
+from adaattn_compiler.kernels.low_rank import pooling_refusal
 from adaattn_compiler.kernels.through_op import with_unit_stride
 from adaattn_compiler.kernels.triton.launch import (
     Products,
@@ -25,7 +26,7 @@ from adaattn_compiler.kernels.triton.launch import (
 )
 from adaattn_compiler.kernels.triton.source import Configuration, lowrank_source
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
-from adaattn_compiler.spec import AttentionSpec, Load, Refusal, S, k
+from adaattn_compiler.spec import AttentionSpec, Refusal
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,6 @@ class Pooled:
     k: torch.Tensor
     v: torch.Tensor
     log_count: torch.Tensor
-
-
-def lowrank_refusal(spec: AttentionSpec) -> str | None:
-    """Why keys of an attention cannot be pooled; None where they can be."""
-    if spec.dropout_p > 0:
-        return "no dropout of keys that are pooled"
-    if not spec.score.free_symbols <= {S} or spec.score.has(Load):
-        return f"the score of a centroid is of the product alone, not {spec.score}"
-    if spec.sink is not None and spec.sink.has(k):
-        return f"the sink depends on the key: {spec.sink}"
-    return None
 
 
 def pooled(k_BGND: torch.Tensor, v_BGNE: torch.Tensor, block_keys: int, centroids: int) -> Pooled:
@@ -154,6 +144,8 @@ def fused_lowrank_attention(
     precision: str | Products = "ieee",
     lse: torch.Tensor | None = None,
     lazy: bool = False,
+    flags: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[B,H,M,E], laid out as [B,M,H,E]: attention to near keys, and to the centroids of far ones.
 
@@ -165,11 +157,12 @@ def fused_lowrank_attention(
     where l_i is the sum of all e and of the sink's exp. In Far may be what the rows attend to
     wholly and is not in Near; a block in neither is not attended to. `near_and_far` makes such
     tables, `pooled` such centroids: both for tiles of this size. lse: float32 [B,H,M], contiguous,
-    to be written: log l_i. lazy: as `launch.forward` has it.
+    to be written: log l_i. lazy: as `launch.forward` has it. flags: int32 [B|1,H|1]; heads whose
+    flag is below 0 are left as they are in `out`, which is written where it is given.
 
-    Refusal: for what `lowrank_refusal` says. The oracle is `reference.lowrank_attention`.
+    Refusal: for what `pooling_refusal` says. The oracle is `reference.lowrank_attention`.
     """
-    reason = lowrank_refusal(made_for.spec)
+    reason = pooling_refusal(made_for.spec)
     if reason is not None:
         raise Refusal(reason)
     batch, heads, rows, head_dim = q_BHMD.shape
@@ -179,14 +172,16 @@ def fused_lowrank_attention(
     k_far, v_far = (with_unit_stride(tensor.flatten(2, 3)) for tensor in (pooled.k, pooled.v))
     log_count = with_unit_stride(pooled.log_count.flatten(2, 3))
     tables = [t.to(q.device) for t in (near.table, near.blocks, far.table, far.blocks)]
-    out = q.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
+    if out is None:
+        out = q.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
     kernel = launchable(loaded(lowrank_source(made_for)).fused_lowrank_attention)
     kernel[(-(-rows // tiles.rows) * batch * heads,)](
-        *(q, k_, v, out, lse, *tables, k_far, v_far, log_count),
+        *(q, k_, v, out, lse, *tables, k_far, v_far, log_count, flags),
         *(stride for tensor in (q, k_, v, out) for stride in tensor.stride()[:3]),
         *(stride for table in (tables[0], tables[2]) for stride in broadcast_strides(table)),
         *(stride for tensor in (k_far, v_far) for stride in tensor.stride()[:3]),
         *log_count.stride()[:2],
+        *broadcast_strides(flags),
         *(heads, rows, columns),
         *params,
         *operand_arguments(operands),
@@ -198,6 +193,7 @@ def fused_lowrank_attention(
             centroids=int(pooled.k.shape[3]),
             full_run=near.full_run,
             has_lse=lse is not None,
+            has_flags=flags is not None,
             lazy=lazy,
         ),
         num_warps=tiles.warps,
@@ -224,6 +220,7 @@ def lowrank_constants(
     centroids: int,
     full_run: bool = True,
     has_lse: bool = False,
+    has_flags: bool = False,
     lazy: bool = False,
 ) -> dict[str, Any]:
     """What the kernel is specialized for; dims: D and E."""
@@ -231,6 +228,7 @@ def lowrank_constants(
     return {
         **shared_constants(spec, dims, tiles),
         "HAS_LSE": has_lse,
+        "HAS_FLAGS": has_flags,
         "QK": products.qk,
         "PV": products.pv,
         "LAZY": lazy,

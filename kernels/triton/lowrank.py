@@ -16,6 +16,8 @@ mask cuts is Near. score_of is of S alone: a centroid has no position.
 Near is visited as in forward.py, by its table. Of Far a tile takes the centroids of
 BLOCK_N / CENTROIDS blocks, by their indices, so that products are of the size that Near's are.
 
+With HAS_FLAGS heads whose flag is below 0 are absent, as in forward.py.
+
 Grid: blocks of rows * B * H. Layouts as in forward.py; k_far, v_far and log_count lie by J (blocks
 of keys) and C (CENTROIDS) together, J * C rows. Source: the far field's expansion about centers,
 of one term, as in Greengard and Rokhlin, "A fast algorithm for particle simulations", 1987.
@@ -74,7 +76,7 @@ def visit_centroids(
     )
     score += (log_count * (LOG2_E / UNIT))[None, :]
     return weigh_block(
-        acc, l_i, m_i, t_i, score, v_ptr, stride_vc, 0, centroids, inside,
+        acc, l_i, m_i, t_i, score, v_ptr, stride_vc, 0, centroids, inside, 0.0, False,
         UNIT, PV, LAZY, False, True, VALUE_DIM, BLOCK_E,
     )
     # fmt: on
@@ -94,6 +96,7 @@ def fused_lowrank_attention(
     k_far_ptr,  # [B,G,J*C,D]
     v_far_ptr,  # [B,G,J*C,E]
     log_count_ptr,  # float32 [B,G,J*C]
+    flags_ptr,  # int32 [B|1,H|1], where HAS_FLAGS
     stride_qb,
     stride_qh,
     stride_qm,
@@ -118,6 +121,8 @@ def fused_lowrank_attention(
     stride_vfn,
     stride_cb,
     stride_cg,
+    stride_pb,
+    stride_ph,
     H,
     M,
     N,
@@ -130,6 +135,7 @@ def fused_lowrank_attention(
     HAS_SINK: tl.constexpr,
     EMPTY_ROW: tl.constexpr,  # "nan", "zero" or "uniform"
     HAS_LSE: tl.constexpr,
+    HAS_FLAGS: tl.constexpr,
     QK: tl.constexpr,  # the precision of products, see `product`
     PV: tl.constexpr,
     LAZY: tl.constexpr,
@@ -152,6 +158,10 @@ def fused_lowrank_attention(
 
     offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_inside = offs_m < M
+    taken = 1
+    if HAS_FLAGS:
+        taken = tl.where(tl.load(flags_ptr + b * stride_pb + h * stride_ph) >= 0, 1, 0)
+        rows_inside = rows_inside & (taken == 1)
     q_tile = load_rows(q_ptr, offs_m, stride_qm, rows_inside, HEAD_DIM, BLOCK_D)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -160,7 +170,7 @@ def fused_lowrank_attention(
     # fmt: off
     acc, l_i, m_i, t_i = visit_blocks(
         acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn,
-        near_ptr, near_blocks_ptr, 1, row_block, b, h, offs_m, M, N, OPERANDS,
+        near_ptr, near_blocks_ptr, taken, 0.0, False, row_block, b, h, offs_m, M, N, OPERANDS,
         True, FULL_RUN, SCALE, UNIT, QK, PV,
         LAZY, False, True, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )
@@ -170,7 +180,7 @@ def fused_lowrank_attention(
     v_far_ptr += batch * stride_vfb + group * stride_vfg
     log_count_ptr += batch * stride_cb + group * stride_cg
     far_ptr += b * stride_fb + h * stride_fh + row_block * 2
-    far_first, far_count = tl.load(far_ptr), tl.load(far_ptr + 1)
+    far_first, far_count = tl.load(far_ptr), tl.load(far_ptr + 1) * taken
     # fmt: off
     for first in range(far_first, far_first + far_count, BLOCK_N // CENTROIDS):
         acc, l_i, m_i, t_i = visit_centroids(
@@ -179,6 +189,8 @@ def fused_lowrank_attention(
             SCALE, UNIT, QK, PV, LAZY,
             CENTROIDS, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )
+    if HAS_FLAGS:
+        l_i = tl.where(taken == 0, 1.0, l_i)  # no row of an absent head counts as empty
     row = (batch * H + head) * M + offs_m
     out_rows = batch * stride_ob + head * stride_oh + offs_m.to(tl.int64) * stride_om
     store_rows(

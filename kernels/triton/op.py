@@ -9,6 +9,7 @@ each row's statistics, from which the backward one starts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from adaattn_compiler.kernels.triton.tables import BlockTable
 # Of q, k and v.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Without Triton there is nothing to see through, and torch would warn of it for each op.
+_op = torch.library.triton_op if find_spec("triton") else torch.library.custom_op
 
-@torch.library.triton_op("adaattn::triton_attention", mutates_args=())
+
+@_op("adaattn::triton_attention", mutates_args=())
 def triton_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -43,7 +47,7 @@ def triton_attention(
     return _forward(q, k, v, operands, params, tables, TritonPlan.deserialize(plan))
 
 
-@torch.library.triton_op("adaattn::triton_attention_training", mutates_args=())
+@_op("adaattn::triton_attention_training", mutates_args=())
 def triton_attention_training(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -99,7 +103,7 @@ def _forward(
     )
 
 
-@torch.library.triton_op("adaattn::triton_attention_backward", mutates_args=())
+@_op("adaattn::triton_attention_backward", mutates_args=())
 def triton_attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,

@@ -13,6 +13,10 @@ stays finite.
 LAZY: m stays m_i, and acc is left as it is, until some row of the tile has grown by more than
 LARGEST_GROWTH: the result is the same, as weights, sum and output have one reference, whichever.
 
+With skip a block is left out (its weights are no power of two, its values are not read) if all its
+scores lie by more than that below the references of their rows. Of n keys left out none weighs more
+than exp(-skip) of the largest of its row.
+
 The entropy of a row's weights w = p / l, where p = exp2(x), is log(l) - sum(p x) / l, of terms that
 are all positive: t_i is the sum of p x, with x taken from the reference as p is. A sink's share is
 one outcome more.
@@ -51,6 +55,46 @@ def weighted(p, x):
 
 @triton.jit
 def weigh_block(
+    acc,
+    l_i,
+    m_i,
+    t_i,
+    score,
+    v_ptr,
+    stride_vn,
+    first,
+    offs_n,
+    inside,
+    skip,
+    HAS_SKIP: tl.constexpr,
+    UNIT: tl.constexpr,
+    PV: tl.constexpr,
+    LAZY: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """A block whose scores are known, unless it is skipped; skip: of each row, in their units."""
+    # fmt: off
+    if HAS_SKIP:
+        counts = tl.max(score, 1) >= m_i - skip
+        if tl.max(counts.to(tl.int32), 0) > 0:
+            acc, l_i, m_i, t_i = add_block(
+                acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, inside,
+                UNIT, PV, LAZY, HAS_ENTROPY, HAS_VALUES, VALUE_DIM, BLOCK_E,
+            )
+    else:
+        acc, l_i, m_i, t_i = add_block(
+            acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, inside,
+            UNIT, PV, LAZY, HAS_ENTROPY, HAS_VALUES, VALUE_DIM, BLOCK_E,
+        )
+    # fmt: on
+    return acc, l_i, m_i, t_i
+
+
+@triton.jit
+def add_block(
     acc,
     l_i,
     m_i,
@@ -111,6 +155,8 @@ def visit_block(
     N,
     OPERANDS,
     CUT: tl.constexpr,
+    skip,
+    HAS_SKIP: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr,
     QK: tl.constexpr,
@@ -140,7 +186,7 @@ def visit_block(
     # fmt: on
     # fmt: off
     return weigh_block(
-        acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, inside,
+        acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, inside, skip, HAS_SKIP,
         UNIT, PV, LAZY, HAS_ENTROPY, HAS_VALUES, VALUE_DIM, BLOCK_E,
     )
     # fmt: on

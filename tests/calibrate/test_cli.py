@@ -70,11 +70,11 @@ def test_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [site.label for site in policy.sites] == list(tiny_model.SITES)
     assert "measuring candidates: 0 of 2" in said.error
     assert "x as fast as exact, as predicted head by head" in said.out
-    assert "written: policy.json, report.html" in said.out
-    assert "<title>Calibration of tiny_model:build</title>" in Path("report.html").read_text()
+    assert "written: policy.json, policy.html" in said.out
+    assert "<title>Calibration of tiny_model:build</title>" in Path("policy.html").read_text()
     assert sorted(each.name for each in tmp_path.iterdir() if each.is_file()) == [
+        "policy.html",
         "policy.json",
-        "report.html",
     ]
 
 
@@ -99,7 +99,7 @@ def test_folder_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]
     assert f"the bytes of {text} are the tokens" in said.error
     policy = Policy.load("policy.json")
     assert [site.name for site in policy.sites] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
-    assert not Path("report.html").exists()
+    assert not Path("policy.html").exists()
 
 
 def test_text_by_a_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -165,6 +165,8 @@ def _interrupting(call: Call) -> Call:
         (("m:f", "--preset", "fast"), "invalid choice: 'fast'"),
         (("m:f", "--budget", "1", "--seed", "-1"), "--seed -1: it must be from 0"),
         (("m:f", "--budget", "1", "-o", "no/p.json"), "there is no folder no; make it first"),
+        (("m:f", "--budget", "1", "-o", "p.html"), "-o p.html: the report would replace it"),
+        (("m:f", "--budget", "1", "--report", "policy.json"), "the report would replace it"),
         (("m:f", "--budget", "1", "-o", "."), ". is a folder; name a file in it"),
         (("m:f", "--budget", "1", "--report", "x", "--no-report"), "leave one out"),
         (("m:f", "--budget", "1"), "m:f: No module named 'm'"),

@@ -11,9 +11,10 @@ import torch
 
 from adaattn_compiler.calibrate import pictures
 from adaattn_compiler.calibrate.cells import DecidedSite, error_cell, keys_cell, kind_cell
+from adaattn_compiler.calibrate.given import batches_of
 from adaattn_compiler.calibrate.pictures import Point
 from adaattn_compiler.calibrate.report import page, speedups
-from adaattn_compiler.calibrate.run import Calibration, batches_of, calibration
+from adaattn_compiler.calibrate.run import Calibration, calibration
 from adaattn_compiler.decision import HeadDecision, Pattern
 from adaattn_compiler.policy import Budget
 
@@ -73,9 +74,11 @@ def test_every_head_of_every_site_is_there(read: Read) -> None:
         assert site in read.texts["h3"]
         for head in range(tiny_model.HEADS):
             ours = [text for text in tooltips if text.startswith(f"{site}, head {head}: ")]
-            assert len(ours) == 4  # representation, precision, keys, error
+            assert len(ours) == 6  # representation, precision, keys, error; entropy, rank
             assert "attends to" in ours[0]
             assert "(p99), budget 5%" in ours[0]
+            assert "nats, " in ours[4]
+            assert "effective rank " in ours[5]
     rows = read.tags.count("tr")
     assert rows > len(tiny_model.SITES) * tiny_model.HEADS
 
@@ -88,7 +91,12 @@ def test_it_says_what_it_is(read: Read, found: Calibration) -> None:
     assert found.policy.key() in texts
     assert torch.__version__ in texts
     assert "12 s" in texts
-    for heading in ("What each head does", "Error against cost", "Where it comes from"):
+    for heading in (
+        "What each head does",
+        "What each head is like",
+        "Error against cost",
+        "Where it comes from",
+    ):
         assert heading in read.texts["h2"]
 
 

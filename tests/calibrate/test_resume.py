@@ -14,10 +14,11 @@ import tiny_model
 import torch
 
 from adaattn_compiler.calibrate import cli
+from adaattn_compiler.calibrate.given import batches_of
 from adaattn_compiler.calibrate.measure import Call, Times
 from adaattn_compiler.calibrate.outcome import Batch
 from adaattn_compiler.calibrate.resume import Begun, Journal, Key, key_of, read, written
-from adaattn_compiler.calibrate.run import batches_of, calibration
+from adaattn_compiler.calibrate.run import calibration
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.policy import Budget, Policy
 
@@ -62,13 +63,14 @@ def _policy(journal: Journal | None, stop_at: int = 99, budget: Budget = BUDGET)
 
 def test_text_holds_every_bit() -> None:
     errors = torch.tensor([[0.1, float("nan")], [float("inf"), 1e-38]])
-    call = Call(errors, torch.rand(9, 2), torch.rand(9, 2), 7, 300)
+    numbers = {"entropy": (1 / 3, 1e-300), "q_max": (0.1, 2.0)}
+    call = Call(errors, torch.rand(9, 2), torch.rand(9, 2), 7, 300, numbers)
     site = SiteKey("a.b", 1)
     begun = Begun({3: {site: [call, call]}}, {site: Times("name", (0.1, 1 / 3))})
     key, found = read(written(KEY, begun))
     assert (key, found.times) == (KEY, begun.times)
     (again, _) = found.samples[3][site]
-    assert (again.rows, again.columns) == (7, 300)
+    assert (again.rows, again.columns, again.statistics) == (7, 300, numbers)
     for name in ("errors", "low", "high"):
         assert getattr(again, name).numpy().tobytes() == getattr(call, name).numpy().tobytes()
 

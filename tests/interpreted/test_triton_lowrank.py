@@ -12,6 +12,7 @@ from check import assert_as_accurate
 from specs import CAUSAL, SPECS, oracle, problem_of, random_inputs
 
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
+from adaattn_compiler.kernels.low_rank import pooling_refusal
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import lowrank_attention
 from adaattn_compiler.kernels.triton.launch import Tiles, forward
@@ -19,7 +20,6 @@ from adaattn_compiler.kernels.triton.launch_lowrank import (
     FarTable,
     Pooled,
     fused_lowrank_attention,
-    lowrank_refusal,
     near_and_far,
     pooled,
 )
@@ -281,14 +281,14 @@ REFUSED = ["alibi", "distance", "dense bias", "finite fill"]
 
 
 def test_scores_of_the_product_alone_can_be_pooled() -> None:
-    assert [lowrank_refusal(SPECS[name][0]) for name in ALLOWED] == [None] * len(ALLOWED)
+    assert [pooling_refusal(SPECS[name][0]) for name in ALLOWED] == [None] * len(ALLOWED)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_scores_that_read_positions_are_refused(name: str) -> None:
     problem = problem_of(name)
     tensors, operands = random_inputs(problem)
-    reason = lowrank_refusal(problem.spec)
+    reason = pooling_refusal(problem.spec)
     assert reason is not None
     assert "the product alone" in reason
     near, far = near_and_far(AttentionSpec(0.3), 90, 90, SMALL, 1)
@@ -309,7 +309,7 @@ def test_scores_that_read_positions_are_refused(name: str) -> None:
     ids=["dropout", "a number of data", "sink of keys"],
 )
 def test_near_misses_are_refused(spec: AttentionSpec, part: str) -> None:
-    assert part in (lowrank_refusal(spec) or "")
+    assert part in (pooling_refusal(spec) or "")
 
 
 @pytest.mark.parametrize("centroids", [0, 3, 32])

@@ -226,7 +226,7 @@ def test_the_librarys_statistics_are_those_of_torch(dtype, rows: int, columns: i
     for factor, inside in ((1e-3, 1), (-1e-3, 0)):
         slack = factor * found.abs() + math.copysign(1e-6, factor)
         low, high = (found - slack)[:, 0].contiguous(), (found + slack)[:, 0].contiguous()
-        flags = base.guard(q[:1], k[:1], v[:1], (low, high))
+        flags = base.guard(q[:1], k[:1], v[:1], (low, high), new_state(4))
         assert flags.tolist() == [[inside] * 4]
 
 
@@ -236,11 +236,14 @@ def test_one_statistic_out_of_its_range_is_enough() -> None:
     found = guard_statistics(q, k, v)
     base = cpp_runner(plan_of(problem))
     low, high = (found.amin(1) - 1).contiguous(), (found.amax(1) + 1).contiguous()
-    assert base.guard(q, k, v, (low, high)).tolist() == [[1] * 4] * 2
+    assert base.guard(q, k, v, (low, high), new_state(4)).tolist() == [[1] * 4] * 2
     for statistic in range(len(names())):
         narrow = high.clone()
         narrow[statistic, 2] = low[statistic, 2]
-        assert base.guard(q, k, v, (low, narrow)).tolist() == [[1, 1, 0, 1]] * 2
+        assert base.guard(q, k, v, (low, narrow), new_state(4)).tolist() == [[1, 1, 0, 1]] * 2
+    state = new_state(4)
+    state[3, Column.DEMOTED] = 1
+    assert base.guard(q, k, v, (low, narrow), state).tolist() == [[1, 1, 0, -2]] * 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -249,7 +252,7 @@ def test_what_is_not_finite_is_in_no_envelope(value: float) -> None:
     (q, k, v), _ = random_inputs(problem)
     k[1, 2, 0, 3] = value
     bounds = torch.full((9, 4), -1e30), torch.full((9, 4), 1e30)
-    flags = cpp_runner(plan_of(problem)).guard(q, k, v, bounds)
+    flags = cpp_runner(plan_of(problem)).guard(q, k, v, bounds, new_state(4))
     assert flags.tolist() == [[1] * 4, [1, 1, 0, 1]]
 
 
@@ -257,7 +260,7 @@ def test_without_keys_nothing_is_as_decided() -> None:
     problem = problem_of("plain", rows=4, columns=0)
     (q, k, v), _ = random_inputs(problem)
     bounds = torch.full((9, 4), -1e30), torch.full((9, 4), 1e30)
-    assert cpp_runner(plan_of(problem)).guard(q, k, v, bounds).sum() == 0
+    assert cpp_runner(plan_of(problem)).guard(q, k, v, bounds, new_state(4)).sum() == 0
 
 
 def test_the_ops_are_as_torch_wants_them() -> None:

@@ -219,6 +219,41 @@ def test_tiles_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_keys_that_no_row_attends_to_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a causal mask some three eighths, where rows make several tiles."""
+    query, key = torch.randn(2, 4, 1024, 8), torch.randn(2, 4, 1024, 8)
+    at = scored_rows.sampled_rows(1024, 32, 0)
+    spec = dataclasses.replace(PLAIN, mask=sympy.Ge(q - k, 0))
+    monkeypatch.setattr(scored_rows, "_TILE", 1024 * 64)
+    tiles = list(scored_rows.scored_rows(query, key, (), (), spec, at))
+    scores = sum(scored.finite.numel() for _, scored in tiles)
+    assert scores <= 0.65 * 2 * 4 * 32 * 1024
+    for (batch, heads, rows), scored in tiles:
+        whole = torch.zeros((*scored.finite.shape[:3], 1024))
+        whole[..., : scored.finite.shape[-1]] = scored.weights()
+        places = torch.tensor(at)[rows]
+        scored_exactly = query[batch, heads][:, :, places] @ key[batch, heads].mT
+        keep = places[:, None] >= torch.arange(1024)
+        exact = scored_exactly.masked_fill(~keep, float("-inf")).softmax(-1)
+        torch.testing.assert_close(whole, exact, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 90])
+def test_rows_without_a_key_are_uniform_in_every_head(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each tile, where its heads share a mask; first: the row that has a key."""
+    monkeypatch.setattr(scored_rows, "_TILE", 90 * 4)
+    mask = sympy.Ge(q - k - first, 0)
+    spec = AttentionSpec(1.0, mask=mask, empty_row=EmptyRow.UNIFORM)
+    query = torch.randn(1, 3, 90, 4).double() * 3
+    found = head_statistics(query, query, query, (), (), spec, rows=90)
+    scores = (query @ query.mT).masked_fill(torch.ones(90, 90).triu(1 - first) > 0, float("-inf"))
+    weights = scores.masked_fill(scores.amax(-1, keepdim=True) == float("-inf"), 0).softmax(-1)
+    expected = torch.special.entr(weights).sum(-1).mean(-1)
+    torch.testing.assert_close(found.entropy, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_no_tile_holds_more_than_its_rows_of_a_head() -> None:
     query, key = torch.randn(3, 8, 5000, 4), torch.randn(3, 2, 5000, 4)
     at = range(0, 5000, 60)

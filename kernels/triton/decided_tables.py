@@ -1,0 +1,230 @@
+"""What decisions need on a device: numbers by head, and the blocks of keys that heads meet.
+
+Made on the host once for a plan (or a pair of lengths) and kept on the device, so that no call
+waits for the host: the ops here copy on the device what is kept. Where blocks are listed, each row
+of blocks has room for all of them, so that shapes follow from the lengths, whatever is listed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from adaattn_compiler.decision import BLOCK, HeadDecision
+from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
+from adaattn_compiler.kernels.patterns import kept_blocks, pattern_blocks, sees_itself
+from adaattn_compiler.kernels.triton.decided_plan import GpuDecisions, decisions_of
+from adaattn_compiler.kernels.triton.launch_lowrank import FarTable
+from adaattn_compiler.kernels.triton.tables import BlockTable
+
+# Plans, and lengths of plans, that are kept: each some kilobytes, some megabytes.
+_KEPT_NUMBERS, _KEPT_TABLES = 4096, 1024
+
+# Rows of what `decided_numbers` gives, as slices; each has a column by head.
+LOW, HIGH = slice(0, 9), slice(9, 18)
+LIMIT, BUDGET, WAY, SELECTION = 18, 19, 20, 21
+LARGEST, SKIP = slice(22, 25), 25
+_ROWS = 26
+
+
+def is_wide(tensor: torch.Tensor) -> bool:
+    """Whether products may be of fewer bits than a tensor has."""
+    return tensor.dtype == torch.float32
+
+
+@torch.library.custom_op("adaattn::decided_numbers", mutates_args=())
+def decided_numbers(like: torch.Tensor, plan: str) -> torch.Tensor:
+    """A plan's numbers, float64 [26,H], on the device of a tensor: rows as they are named above."""
+    return _numbers(plan, is_wide(like), like.device).clone()
+
+
+@decided_numbers.register_fake
+def _fake_numbers(like: torch.Tensor, plan: str) -> torch.Tensor:
+    heads = len(decisions_of(plan, is_wide(like)).of_heads)
+    return like.new_empty((_ROWS, heads), dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=_KEPT_NUMBERS)
+def _numbers(plan: str, wide: bool, device: torch.device) -> torch.Tensor:
+    found = decisions_of(plan, wide)
+    decided = found.plan
+    chosen = [
+        found.selections.index(head.selection) if head.selection is not None else -1
+        for head in decided.heads
+    ]
+    rows = (*decided.low, *decided.high, decided.limit, decided.budgets)
+    skip = [float("inf") if head.skip is None else head.skip for head in decided.heads]
+    every = (*rows, found.of_heads, chosen, *found.largest, skip)
+    return torch.tensor(every, dtype=torch.float64).to(device)
+
+
+# -- lists of blocks -------------------------------------------------------------------------------
+
+
+def lists_of(seen: torch.Tensor, cut: torch.Tensor) -> BlockTable:
+    """Lists of the blocks seen, bool [B,H,Qb,Kb], of which those in `cut` [Qb,Kb] are masked."""
+    whole, masked = seen & ~cut, seen & cut
+    blocks = seen.shape[-1]
+    index = torch.arange(blocks, device=seen.device, dtype=torch.int32)
+    # Whole ones first, then masked ones, then those that are not there.
+    order = torch.where(whole, 0, torch.where(masked, blocks, 2 * blocks)).to(torch.int32) + index
+    listed = (order.sort(-1).values % max(blocks, 1)).flatten()
+    counts = [each.sum(-1, dtype=torch.int32) for each in (whole, masked)]
+    lines = counts[0].numel()
+    first = torch.arange(lines, device=seen.device, dtype=torch.int32).reshape(counts[0].shape)
+    first = first * blocks
+    table = torch.stack([first, counts[0], first + counts[0], counts[1]], -1)
+    return BlockTable(table, listed, full_run=False)
+
+
+def spread(blocks: torch.Tensor, tile: tuple[int, int], counts: tuple[int, int]) -> torch.Tensor:
+    """Blocks of BLOCK rows and keys [...,x,y] as those of tiles, of which there are so many."""
+    for axis, size, count in zip((-2, -1), tile, counts, strict=True):
+        if size != BLOCK:
+            blocks = blocks.repeat_interleave(BLOCK // size, axis).narrow(axis, 0, count)
+    return blocks
+
+
+def tile_counts(found: GpuDecisions, rows: int, columns: int) -> tuple[int, int]:
+    """How many tiles rows and keys make."""
+    tiles = found.attention.tiles
+    return -(-rows // tiles.rows), -(-columns // tiles.keys)
+
+
+@torch.library.custom_op("adaattn::decided_tables", mutates_args=())
+def decided_tables(
+    like: torch.Tensor, rows: int, columns: int, params: Sequence[int], plan: str
+) -> list[torch.Tensor]:
+    """The tables of M rows and N keys on the device of a tensor, in the order of `table_shapes`."""
+    kept = _tables(plan, is_wide(like), (rows, columns), tuple(params), like.device)
+    return [table.clone() for table in kept]
+
+
+@decided_tables.register_fake
+def _fake_tables(
+    like: torch.Tensor, rows: int, columns: int, params: Sequence[int], plan: str
+) -> list[torch.Tensor]:
+    shapes = table_shapes(decisions_of(plan, is_wide(like)), rows, columns)
+    return [like.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()]
+
+
+def table_shapes(
+    found: GpuDecisions, rows: int, columns: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each table that there is, by name; tensors are in this order.
+
+    exact, fixed, near: `BlockTable`s of heads that are exact, that have patterns, and of what is
+    near where means stand for the rest; far: the `FarTable` of that. Where blocks are chosen in a
+    call: what heads meet otherwise (kept) and what the mask leaves (allowed), in blocks of BLOCK;
+    where nothing may be left out (forced); and of tiles those that the mask leaves (tiles) or cuts.
+    """
+    counts = tile_counts(found, rows, columns)
+    lines, heads = counts[0] * counts[1], len(found.of_heads)
+    whole, masks = torch.int32, torch.bool
+    blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def listed(name: str, patterns: int, heads: int, width: int = 4) -> None:
+        shapes[f"{name}_table"] = ((1, heads, counts[0], width), whole)
+        shapes[f"{name}_blocks"] = ((patterns * lines,), whole)
+
+    if found.attention.listed:
+        listed("exact", 1, 1)
+    if found.selections:
+        shapes["kept"] = ((heads, *blocks), masks)
+        shapes |= dict.fromkeys(("allowed", "forced"), (blocks, masks))
+        shapes |= dict.fromkeys(("tiles", "cut"), (counts, masks))
+    elif found.patterned:
+        listed("fixed", len(_kinds(found, "pattern")), heads)
+    if found.direct < len(found.ways):
+        kinds = len(_kinds(found, "pooling"))
+        listed("near", kinds, heads)
+        listed("far", kinds, heads, 2)
+    return shapes
+
+
+def _kinds(found: GpuDecisions, part: str) -> dict[Any, int]:
+    """The patterns or poolings of heads (None: none), each with a number."""
+    every = dict.fromkeys(getattr(head, part) for head in found.plan.heads)
+    return {kind: number for number, kind in enumerate(every)}
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _tables(
+    plan: str, wide: bool, sizes: tuple[int, int], params: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    found = decisions_of(plan, wide)
+    made = tables_by_name(found, *sizes, params)
+    return tuple(made[name].to(device) for name in table_shapes(found, *sizes))
+
+
+def tables_by_name(
+    found: GpuDecisions, rows: int, columns: int, params: tuple[int, ...]
+) -> Mapping[str, torch.Tensor]:
+    """All that there may be, on the CPU."""
+    tiles, mask = found.attention.tiles, found.attention.made_for.spec.mask
+    structure = block_structure(mask, rows, columns, BLOCK, BLOCK, params)
+    of_tiles = block_structure(mask, rows, columns, tiles.rows, tiles.keys, params)
+    left, cut = of_tiles.partial | of_tiles.full, of_tiles.partial.clone()
+    if columns % tiles.keys:
+        cut[:, -1] = left[:, -1]
+    counts = tile_counts(found, rows, columns)
+    forced = not sees_itself(mask, rows, columns, params)
+    allowed = structure.partial | structure.full
+
+    def in_tiles(blocks: torch.Tensor) -> torch.Tensor:
+        return spread(blocks, (tiles.rows, tiles.keys), counts) & left
+
+    def by_kind(part: str, blocks: Sequence[torch.Tensor]) -> BlockTable:
+        return _by_head(found, part, lists_of(in_tiles(torch.stack(list(blocks)))[None], cut))
+
+    every = [HeadDecision(pattern=pattern) for pattern in _kinds(found, "pattern")]
+    patterns = [kept_blocks(each, rows, columns) for each in every]
+    near = _near(found, structure, (rows, columns), forced)
+    far = [structure.full & ~blocks for blocks in near]
+    of_far = by_kind("pooling", far)
+    heads = torch.stack([kept_blocks(head, rows, columns) for head in found.plan.heads])
+    lists: dict[str, BlockTable | FarTable] = {
+        "exact": lists_of(left[None, None], cut),
+        "fixed": by_kind("pattern", [allowed & (blocks | forced) for blocks in patterns]),
+        "near": by_kind("pooling", near),
+        "far": FarTable(_far_lines(of_far.table), of_far.blocks),
+    }
+    return {
+        **{f"{name}_table": each.table for name, each in lists.items()},
+        **{f"{name}_blocks": each.blocks for name, each in lists.items()},
+        "kept": allowed & (heads | forced),
+        "allowed": allowed,
+        "forced": allowed if forced else torch.zeros_like(allowed),
+        "tiles": left,
+        "cut": cut,
+    }
+
+
+def _near(
+    found: GpuDecisions, structure: BlockStructure, sizes: tuple[int, int], forced: bool
+) -> list[torch.Tensor]:
+    """By pooling what is met key by key: besides the pattern what the mask cuts, and all where
+    nothing may be left out."""
+    allowed = structure.partial | structure.full
+    return [
+        allowed
+        if forced or pooling is None
+        else structure.partial | (allowed & pattern_blocks(pooling.near, *sizes))
+        for pooling in _kinds(found, "pooling")
+    ]
+
+
+def _far_lines(table: torch.Tensor) -> torch.Tensor:
+    """Lines of two numbers: the first block, and how many; a ragged last one counts as the rest."""
+    return torch.stack([table[..., 0], table[..., 1] + table[..., 3]], -1)
+
+
+def _by_head(found: GpuDecisions, part: str, lists: BlockTable) -> BlockTable:
+    """Of lists by kind [1,P,...] those by head [1,H,...]."""
+    kinds = _kinds(found, part)
+    places = [kinds[getattr(head, part)] for head in found.plan.heads]
+    return BlockTable(lists.table[:, places].contiguous(), lists.blocks, lists.full_run)
