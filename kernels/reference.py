@@ -261,17 +261,17 @@ def skipping_attention(
     met: torch.Tensor,
     skip: torch.Tensor,
     block: tuple[int, int],
-    together: tuple[int, int],
+    blocks_of_step: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention but for blocks of keys whose weights are small: (result, what was skipped).
 
     met: bool, expands to [B,H,blocks of rows,blocks of keys], the blocks that there are, of `block`
-    rows by keys, taken in ascending order. together = (strip, step): how many rows of a block skip
-    together, and how many of the blocks that they meet make a step. A strip skips a block if
+    rows by keys, taken in ascending order; so many of those that a row meets make a step. A row
+    skips a block if
 
         score_k < max(score_j, j in the keys met up to the end of the block's step) - skip
 
-    for each of its rows and keys k, skip [B,H]. The key of a row's largest score is always kept,
+    for each of its keys k, skip [B,H]. The key of a row's largest score is always kept,
     so that what n skipped keys weigh, relative to what is kept, is at most n exp(-skip).
     Skipped is bool [B,H,M,blocks of keys].
     """
@@ -282,7 +282,7 @@ def skipping_attention(
     missing = blocks * block[1] - columns
     padded = torch.nn.functional.pad(scores[..., :columns], (0, missing), value=float("-inf"))
     largest = padded.unflatten(-1, (blocks, block[1])).amax(-1).masked_fill(~seen, float("-inf"))
-    step = (seen.cumsum(-1) - 1) // together[1]
+    step = (seen.cumsum(-1) - 1) // blocks_of_step
     so_far = torch.stack(
         [
             largest.masked_fill(step > step[..., i : i + 1], float("-inf")).amax(-1)
@@ -291,9 +291,6 @@ def skipping_attention(
         -1,
     )
     skipped = seen & (largest < so_far - skip.to(scores.dtype)[..., None, None])
-    for of_block in torch.arange(rows).split(block[0]):
-        for strip in of_block.split(together[0]):
-            skipped[:, :, strip] = skipped[:, :, strip].all(2, keepdim=True)
     kept = (seen & ~skipped).repeat_interleave(block[1], -1)[..., :columns]
     scores[..., :columns].masked_fill_(~kept, float("-inf"))
     weights, has_key, _ = _weights(scores, spec)

@@ -25,8 +25,8 @@ _FAINT = -87.0
 # exp(x) as 2^(x log2 e), which torch computes three times as fast on CPUs.
 _LOG2_E = 1.4426950408889634
 # Rows of what takes several tiles are in at least so many, so that a mask that leaves rows fewer
-# keys the higher they stand leaves their tiles fewer.
-_PARTS = 4
+# keys the higher they stand leaves their tiles fewer; each part reads the keys anew.
+_PARTS = 2
 
 # Slices of batch items, heads and the rows that were asked for.
 Tile = tuple[slice, slice, slice]

@@ -16,6 +16,8 @@ from adaattn_compiler.spec import AttentionSpec
 # Of each head, by name.
 Numbers = Mapping[str, tuple[float, ...]]
 
+# Rows of a call that statistics are of; others in each sample.
+ROWS = 16
 # Rows by which ranks are estimated, of any length: a head of full rank comes near to so many.
 RANK_ROWS = 128
 
@@ -24,7 +26,7 @@ def gathered(tensors: Tensors, spec: AttentionSpec, turn: int, ranks: bool) -> N
     """Of one call: turn chooses the rows that are looked at; ranks: effective ranks as well, which
     take several times as long. What is not finite for each head is left out."""
     q, k, v, operands, params = tensors
-    found = head_statistics(q, k, v, operands, params, spec, turn=turn).by_head()
+    found = head_statistics(q, k, v, operands, params, spec, rows=ROWS, turn=turn).by_head()
     if ranks:
         found |= _ranks(tensors, spec)
     return {

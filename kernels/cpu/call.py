@@ -19,8 +19,8 @@ from adaattn_compiler.runtime.state import Column
 DONE, NOT_FINITE, NO_MEMORY = 0, 1, 2
 # Bits of a plan's modes: which product's operands are rounded.
 SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16 = 1, 2
-# Rows that skip a block together (kTileRows), and blocks of a step of the softmax (kStepBlocks).
-STRIP_ROWS, STEP_BLOCKS = 6, 4
+# Blocks of a step of the softmax (kStepBlocks).
+STEP_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,8 @@ class Plan:
     follow each other there. blocks: int32, each 2 * index + (1 where masked inside).
     key_bias: float32 [B|1, H|1, N], added to each key's score. modes: int32 [B|1, H|1], sums of
     SCORES_IN_BFLOAT16 and VALUES_IN_BFLOAT16. skip: float32 [B|1, H|1], above 0, inf for never:
-    a block of keys is left out for a strip of STRIP_ROWS rows if its scores all lie by more than
-    this below the largest that their own row has met up to the end of the step of STEP_BLOCKS
-    blocks. Blocks are taken in the order of their list: those that are likely to matter first
+    a block of keys is left out for a row if its scores all lie by more than this below the largest
+    that the row has met up to the end of the step of STEP_BLOCKS blocks. Blocks are taken in the order of their list: those that are likely to matter first
     let more of the others be skipped. Up to eight rows are computed without either.
     """
 

@@ -201,21 +201,21 @@ struct QueryBlock {
                    kBlockKeys / kWord, true, is_cut(entry) || left_out > 0 ? parts : nullptr);
   }
 
-  // Scores become weights, but for the blocks of the step that a strip of rows skips; those are
-  // written. By strips and not by blocks of rows, as the products are: where some rows have found
-  // their largest score, others still look for it.
+  // Scores become weights, but for the blocks of the step that a row skips; those that all rows of a
+  // strip skip are written: with them nothing is multiplied. By strips and not by blocks of rows, as
+  // the products are: where some rows have found their largest score, others still look for it.
   void weigh(const Call& call, const int32_t* entries, const float* factor, int64_t count,
              uint32_t* skipped) {
     alignas(64) float kept[kDropout > 0.0f ? kStepKeys : 1];
-    float largest[kTileRows];
+    float largest = 0;
     for (int64_t row = 0; row < rows; ++row) {
-      if (skip < kInfinity && row % kTileRows == 0) {
-        const int64_t together = rows - row < kTileRows ? rows - row : kTileRows;
-        uint32_t& found = skipped[row / kTileRows];
-        found = find_skipped<kBlockKeys, kStepBlocks>(skip, together, state + row,
-                                                      scores + row * kStepKeys, kStepKeys, factor,
-                                                      count, largest);
-        skipped_rows += together * __builtin_popcount(found);
+      uint32_t own = 0;
+      if (skip < kInfinity) {
+        own = find_skipped<kBlockKeys, kStepBlocks>(skip, state[row], scores + row * kStepKeys, factor,
+                                                    count, largest);
+        skipped_rows += __builtin_popcount(own);
+        uint32_t& of_strip = skipped[row / kTileRows];
+        of_strip = row % kTileRows == 0 ? own : of_strip & own;
       }
       if constexpr (kDropout > 0.0f) {
         const int64_t place = (batch * call.heads + head) * call.rows + first + row;
@@ -233,8 +233,8 @@ struct QueryBlock {
       const float* dropout = kDropout > 0.0f ? kept : nullptr;
       const float scale =
           skip < kInfinity
-              ? weigh_below<kBlockKeys>(largest[row % kTileRows], state[row], row_scores, factor,
-                                        count, skipped[row / kTileRows], dropout, row_weights)
+              ? weigh_below<kBlockKeys>(largest, state[row], row_scores, factor, count, own, dropout,
+                                        row_weights)
               : weigh_row<kBlockKeys>(state[row], row_scores, factor, count, dropout, row_weights);
       if (scale != 1.0f)
         for (int e = 0; e < kOut; e += kLanes)

@@ -36,7 +36,7 @@ static inline float largest_in_block(const float* scores, float factor) {
 
 // Scores of one row become weights, exp(factor * score - largest), in blocks of kBlock keys; returns
 // what earlier sums and outputs of the row must be multiplied by. `largest` is that of these scores
-// and the earlier ones. Blocks whose bit is in `skipped` are left as they are. `kept`, where it is not
+// and the earlier ones. Blocks whose bit is in `skipped` get weights of 0. `kept`, where it is not
 // null, is what dropout multiplies each weight by, after it was summed.
 template <int kBlock, typename Weight>
 static inline float weigh_below(float largest, RowState& state, const float* scores,
@@ -55,8 +55,9 @@ static inline float weigh_below(float largest, RowState& state, const float* sco
   const float scale = state.largest == -kInfinity ? 0.0f : std::exp(state.largest - largest);
   Floats sum = state.sum * scale;
   for (int64_t block = 0; block < blocks; ++block) {
-    if (skipped >> block & 1) continue;
-    for (int lane = 0; lane < kBlock; lane += kLanes) {
+    for (int lane = 0; lane < kBlock && skipped >> block & 1; lane += kLanes)
+      store_rounded(weights + block * kBlock + lane, Floats{});
+    for (int lane = 0; lane < kBlock && !(skipped >> block & 1); lane += kLanes) {
       const int64_t key = block * kBlock + lane;
       const Floats x = scored(load(scores + key), factor[block]) - largest;
       const Floats weight = exp_of_negative<!std::is_same_v<Weight, float>>(x);
@@ -81,38 +82,32 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
   return weigh_below<kBlock>(largest, state, scores, factor, blocks, 0, kept, weights);
 }
 
-// Of some neighbouring rows the blocks (as bits) that all of them may leave out: those whose scores
-// lie by more than `skip` below the largest that their own row has met up to now, these scores
-// included. What a row keeps thus holds that largest, of weight 1, and each weight that it leaves out
-// is below exp(-skip): of n keys left out the share is at most n exp(-skip). A row that has met no key
-// leaves out nothing, nor does one with a score that is NaN. `largest` is written for each row.
+// The blocks (as bits) that a row leaves out: those whose scores lie by more than `skip` below the
+// largest that the row has met up to now, these scores included. What it keeps thus holds that largest,
+// of weight 1, and each weight that it leaves out is below exp(-skip): of n keys left out the share is at
+// most n exp(-skip). A row that has met no key leaves out nothing, nor a block with a score that is NaN.
+// Each row for itself: what comes later changes nothing before. `largest` is written.
 template <int kBlock, int kMostBlocks>
-static inline uint32_t find_skipped(float skip, int64_t rows, const RowState* state,
-                                    const float* scores, int64_t stride, const float* factor,
-                                    int64_t blocks, float* largest) {
-  uint32_t skipped = (1u << blocks) - 1;
-  for (int64_t row = 0; row < rows; ++row) {
-    float here[kMostBlocks];
-    largest[row] = state[row].largest;
-    for (int64_t block = 0; block < blocks; ++block) {
-      here[block] = largest_in_block<kBlock>(scores + row * stride + block * kBlock, factor[block]);
-      if (!(here[block] <= largest[row])) largest[row] = here[block];
-    }
-    // A rounded difference is as good as an exact one: no float lies between the two.
-    for (int64_t block = 0; block < blocks; ++block)
-      if (!(here[block] < largest[row] - skip)) skipped &= ~(1u << block);
-  }
+static inline uint32_t find_skipped(float skip, const RowState& state, const float* scores,
+                                    const float* factor, int64_t blocks, float& largest) {
+  float here[kMostBlocks];
+  largest = state.largest;
   for (int64_t block = 0; block < blocks; ++block) {
-    if (!(skipped >> block & 1)) continue;
+    here[block] = largest_in_block<kBlock>(scores + block * kBlock, factor[block]);
+    if (!(here[block] <= largest)) largest = here[block];
+  }
+  uint32_t skipped = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    // A rounded difference is as good as an exact one: no float lies between the two.
+    if (!(here[block] < largest - skip)) continue;
     Ints nan = {};
-    for (int64_t row = 0; row < rows; ++row)
-      for (int lane = 0; lane < kBlock; lane += kLanes) {
-        const Floats score = load(scores + row * stride + block * kBlock + lane);
-        nan |= score != score;
-      }
+    for (int lane = 0; lane < kBlock; lane += kLanes) {
+      const Floats score = load(scores + block * kBlock + lane);
+      nan |= score != score;
+    }
     int32_t any = 0;
     for (int lane = 0; lane < kLanes; ++lane) any |= nan[lane];
-    if (any) skipped &= ~(1u << block);
+    if (!any) skipped |= 1u << block;
   }
   return skipped;
 }

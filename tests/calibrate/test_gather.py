@@ -14,7 +14,7 @@ import tiny_model
 import torch
 
 from adaattn_compiler.calibrate.board import Board, Tensors, exactly
-from adaattn_compiler.calibrate.gather import RANK_ROWS, gathered, rank_name
+from adaattn_compiler.calibrate.gather import RANK_ROWS, ROWS, gathered, rank_name
 from adaattn_compiler.calibrate.given import batches_of
 from adaattn_compiler.calibrate.run import Calibration, calibration
 from adaattn_compiler.kernels.effective_rank import ENERGIES
@@ -59,7 +59,7 @@ def test_policy_has_the_moving_averages_of_all_samples(found: Calibration) -> No
     for key, calls in watching.seen.items():
         averages = MovingAverages()
         for turn, (problem, (q_, k_, v_, operands, params)) in enumerate(calls):
-            each = head_statistics(q_, k_, v_, operands, params, problem.spec, turn=turn)
+            each = head_statistics(q_, k_, v_, operands, params, problem.spec, rows=ROWS, turn=turn)
             averages = averages.updated(each.by_head())
         site = found.policy.site(key.name, key.ordinal)
         assert site is not None

@@ -16,7 +16,6 @@ from check import assert_as_accurate
 from adaattn_compiler.kernels.cpu.call import (
     SCORES_IN_BFLOAT16,
     STEP_BLOCKS,
-    STRIP_ROWS,
     VALUES_IN_BFLOAT16,
     Plan,
 )
@@ -208,8 +207,7 @@ def skipping(
     """What the oracle makes of it."""
     wide = [tensor.to(dtype) for tensor in (*qkv, *operands)]
     thresholds = skip.expand(qkv[0].shape[:2])
-    together = STRIP_ROWS, STEP_BLOCKS
-    return skipping_attention(wide[:3], wide[3:], (), spec, met, thresholds, BLOCK, together)
+    return skipping_attention(wide[:3], wide[3:], (), spec, met, thresholds, BLOCK, STEP_BLOCKS)
 
 
 def counts(of: torch.Tensor) -> torch.Tensor:
@@ -242,8 +240,6 @@ def test_something_is_skipped_where_scores_are_peaked() -> None:
     qkv, met = whole_qkv(200, 700), every_block(200, 700)
     _, skipped = skipping(qkv, (), PLAIN, met, torch.tensor([[8.0]]))
     assert 0.1 < skipped.double().mean() < 0.9
-    strips = skipped[:, :, :60].unflatten(2, (10, STRIP_ROWS))
-    assert torch.equal(strips.any(3), strips.all(3))
     assert not torch.equal(skipped[:, :, :64].any(2), skipped[:, :, :64].all(2))
 
 
@@ -311,14 +307,14 @@ def test_blocks_are_taken_in_the_order_of_their_list() -> None:
         assert torch.equal(found, torch.full_like(found, 10 * blocks))
 
 
-def test_strip_with_a_row_that_has_no_key_skips_nothing() -> None:
+def test_a_row_that_has_no_key_skips_nothing() -> None:
     spec = dataclasses.replace(PLAIN, mask=sympy.Ge(q, 3), empty_row=EmptyRow.ZERO)
     qkv = ones(12, 256)
     qkv[1][:, :, 5, 0] = 20
     found = torch.zeros(BATCH, HEADS, dtype=torch.int64)
     plan = plan_with(every_block(12, 256), skip=torch.tensor([[8.0]]))
     ours = runner_of(spec)(*qkv, (), (), plan=plan, skipped=found)
-    assert torch.equal(found, torch.full_like(found, 6 * 3))  # the second strip, three blocks
+    assert torch.equal(found, torch.full_like(found, 9 * 3))  # rows with keys, three blocks
     assert not ours[:, :, :3].any()
     assert torch.allclose(ours[:, :, 3:], torch.ones(()))
 
