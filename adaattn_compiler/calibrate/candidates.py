@@ -9,6 +9,7 @@ import torch
 from adaattn_compiler.decision import (
     EXACT,
     HeadDecision,
+    KeyBasis,
     Nystrom,
     Pattern,
     Pooling,
@@ -28,6 +29,7 @@ _MASSES = (0.9, 0.97)
 # keys each is for at least.
 _NEAR, _POOLED = (128, 512), (16, 64)
 _LANDMARKS, _LEAST_RUN = (64, 256), 4
+_LEAST_RANK = 16
 _BOTH = (Precision.BF16, Precision.BF16)
 _STAGES = (
     (Precision.FP32, Precision.FP32),
@@ -64,8 +66,24 @@ def candidates_for(problem: Problem) -> tuple[HeadDecision, ...]:
         for count in _LANDMARKS
         if count <= problem.shape.hints[2] // _LEAST_RUN
     ]
+    found += [
+        HeadDecision(basis=standing_basis(problem.shape.head_dim, rank), scores=s, values=v)
+        for rank in _ranks(problem)
+        for s, v in (best,)
+    ]
     found = [decision for decision in found if decision_refusal(problem, (decision,)) is None]
     return tuple(dict.fromkeys((EXACT, *found)))
+
+
+def standing_basis(dim: int, rank: int) -> KeyBasis:
+    """What stands among candidates for the basis of each key head, which its keys give."""
+    return KeyBasis.of(torch.eye(dim)[:, :rank])
+
+
+def _ranks(problem: Problem) -> tuple[int, ...]:
+    """Half of the dimensions, where that is worth it."""
+    half = problem.shape.head_dim // 2
+    return (half,) if half % 8 == 0 and half >= _LEAST_RANK else ()
 
 
 def _patterns(problem: Problem) -> list[Pattern]:

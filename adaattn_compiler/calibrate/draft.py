@@ -60,7 +60,7 @@ def site_policy(
         shape.head_dim,
         shape.value_dim,
         str(site.problem.dtype).removeprefix("torch."),
-        SiteDecision(tuple(site.candidates[c] for c in chosen)),
+        SiteDecision(site.decided(chosen)),
         _envelope(site, audited, budgets),
         budgets,
         errors,

@@ -6,14 +6,15 @@ import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from adaattn_compiler.calibrate.basis import bases_of_keys
 from adaattn_compiler.calibrate.board import Tensors, exactly
 from adaattn_compiler.calibrate.candidates import candidates_for
 from adaattn_compiler.calibrate.gather import Numbers, gathered
-from adaattn_compiler.decision import HeadDecision
+from adaattn_compiler.decision import HeadDecision, KeyBasis
 from adaattn_compiler.kernels.audit import relative_error
 from adaattn_compiler.kernels.cpu.decided import AS_DECIDED, DecidedRunner
 from adaattn_compiler.kernels.cpu.runner import plan_of
@@ -78,7 +79,8 @@ class SiteMeasurements:
     """Of one site. errors: for each sample [candidates, heads], relative L2 of the head's output.
     seconds: of one call with all heads alike, by candidate. low, high: the range of each statistic
     of the inputs (kernels/envelope.py), [9, heads]. rows, columns: the lengths that were seen.
-    statistics: of the heads, averaged in the order of the calls.
+    statistics: of the heads, averaged in the order of the calls. bases: of the key heads, by rank
+    (calibrate/basis.py): where a candidate has a basis, each head has its own.
     """
 
     key: SiteKey
@@ -91,6 +93,17 @@ class SiteMeasurements:
     rows: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
     statistics: MovingAverages = field(default_factory=MovingAverages)
+    bases: Mapping[int, tuple[KeyBasis, ...]] = field(default_factory=dict)
+
+    def decided(self, chosen: Sequence[int]) -> tuple[HeadDecision, ...]:
+        """The decision of each head, of the number of its candidate."""
+        group = self.problem.spec.group
+        return tuple(self._own(self.candidates[c], head // group) for head, c in enumerate(chosen))
+
+    def _own(self, candidate: HeadDecision, kv_head: int) -> HeadDecision:
+        if candidate.basis is None:
+            return candidate
+        return replace(candidate, basis=self.bases[candidate.basis.rank][kv_head])
 
     def add(self, call: Call) -> None:
         """One more call."""
@@ -124,7 +137,7 @@ class Measuring:
         self.sample: Sample = {}
         self.turn = 0
         self._seconds: dict[tuple[object, ...], list[float]] = {}
-        self._runners: dict[tuple[object, ...], list[DecidedRunner]] = {}
+        self._runners: dict[tuple[object, ...], DecidedRunner] = {}
 
     def __call__(self, key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:
         exact = exactly(key, problem, tensors)
@@ -148,7 +161,10 @@ class Measuring:
 
     def _site(self, key: SiteKey, problem: Problem, tensors: Tensors) -> SiteMeasurements:
         if key not in self.sites:
-            site = SiteMeasurements(key, problem, candidates_for(problem), [])
+            candidates = candidates_for(problem)
+            ranks = {c.basis.rank for c in candidates if c.basis is not None}
+            bases = {rank: bases_of_keys(tensors[1], rank) for rank in ranks}
+            site = SiteMeasurements(key, problem, candidates, [], bases=bases)
             name = _name_of(site.candidates)
             known = self.times.get(key)
             if known is None:
@@ -161,12 +177,15 @@ class Measuring:
         return self.sites[key]
 
     def _runners_of(self, site: SiteMeasurements) -> list[DecidedRunner]:
-        kind = _kind(site.problem)
+        return [self._runner_of(site, i) for i in range(len(site.candidates))]
+
+    def _runner_of(self, site: SiteMeasurements, number: int) -> DecidedRunner:
+        """With that candidate for all heads; sites alike share it, but for bases of keys."""
+        own = site.key if site.candidates[number].basis is not None else None
+        kind = (_kind(site.problem), number, own)
         if kind not in self._runners:
-            heads = site.problem.shape.heads
-            self._runners[kind] = [
-                unguarded(site.problem, [candidate] * heads) for candidate in site.candidates
-            ]
+            heads = [number] * site.problem.shape.heads
+            self._runners[kind] = unguarded(site.problem, site.decided(heads))
         return self._runners[kind]
 
     def _seconds_of(self, site: SiteMeasurements, tensors: Tensors) -> list[float]:

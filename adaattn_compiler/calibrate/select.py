@@ -137,4 +137,4 @@ def decisions(
     selection: Selection, sites: Mapping[SiteKey, SiteMeasurements]
 ) -> dict[SiteKey, tuple[HeadDecision, ...]]:
     """What a selection's numbers stand for."""
-    return {key: tuple(sites[key].candidates[c] for c in sel) for key, sel in selection.items()}
+    return {key: sites[key].decided(chosen) for key, chosen in selection.items()}

@@ -32,8 +32,9 @@ class Plan:
     key_bias: float32 [B|1, H|1, N], added to each key's score. modes: int32 [B|1, H|1], sums of
     SCORES_IN_BFLOAT16 and VALUES_IN_BFLOAT16. skip: float32 [B|1, H|1], above 0, inf for never:
     a block of keys is left out for a row if its scores all lie by more than this below the largest
-    that the row has met up to the end of the step of STEP_BLOCKS blocks. Blocks are taken in the order of their list: those that are likely to matter first
-    let more of the others be skipped. Up to eight rows are computed without either.
+    that the row has met up to the end of the step of STEP_BLOCKS blocks. Blocks are taken in the
+    order of their list: those that are likely to matter first let more of the others be skipped. Up
+    to eight rows are computed without either.
     """
 
     offsets: torch.Tensor

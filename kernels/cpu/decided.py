@@ -271,7 +271,8 @@ class DecidedRunner:
         for selection in self._selections:
             assert selection is not None
             theirs = torch.tensor([head.selection == selection for head in self.plan.heads])
-            found = selected_blocks(selection, q, k, self.spec.scale, allowed)
+            whole = None if self.spec.mask == sympy.true else structure.full
+            found = selected_blocks(selection, q, k, self.spec.scale, allowed, whole)
             seen = torch.where((as_decided & theirs)[..., None, None], found, seen)
         return dataclasses.replace(plan, **_named(lists_by_head(seen, structure.partial)))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from adaattn_compiler.kernels.envelope import guard_statistics
@@ -244,8 +245,9 @@ def _blocks(call: _Call) -> BlockTable | None:
     seen = tables["kept"].expand(q.shape[0], *tables["kept"].shape)
     for number, selection in enumerate(call.found.selections):
         theirs = (call.numbers[SELECTION] == number)[:, None, None]
-        scale = attention.made_for.spec.scale
-        chosen = selected_blocks(selection, q, k, scale, tables["allowed"])
+        spec = attention.made_for.spec
+        whole = None if spec.mask == sympy.true else tables["whole"]
+        chosen = selected_blocks(selection, q, k, spec.scale, tables["allowed"], whole)
         seen = torch.where(theirs, chosen | tables["forced"], seen)
     tile = (attention.tiles.rows, attention.tiles.keys)
     counts = tile_counts(call.found, q.shape[2], k.shape[2])

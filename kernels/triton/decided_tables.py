@@ -118,8 +118,9 @@ def table_shapes(
 
     exact, fixed, near: `BlockTable`s of heads that are exact, that have patterns, and of what is
     near where means stand for the rest; far: the `FarTable` of that. Where blocks are chosen in a
-    call: what heads meet otherwise (kept) and what the mask leaves (allowed), in blocks of BLOCK;
-    where nothing may be left out (forced); and of tiles those that the mask leaves (tiles) or cuts.
+    call: what heads meet otherwise (kept), what the mask leaves (allowed) and what of it it does
+    not cut (whole), in blocks of BLOCK; where nothing may be left out (forced); and of tiles those
+    that the mask leaves (tiles) or cuts.
     """
     counts = tile_counts(found, rows, columns)
     lines, heads = counts[0] * counts[1], len(found.of_heads)
@@ -135,7 +136,7 @@ def table_shapes(
         listed("exact", 1, 1)
     if found.selections:
         shapes["kept"] = ((heads, *blocks), masks)
-        shapes |= dict.fromkeys(("allowed", "forced"), (blocks, masks))
+        shapes |= dict.fromkeys(("allowed", "whole", "forced"), (blocks, masks))
         shapes |= dict.fromkeys(("tiles", "cut"), (counts, masks))
     elif found.patterned:
         listed("fixed", len(_kinds(found, "pattern")), heads)
@@ -198,6 +199,7 @@ def tables_by_name(
         **{f"{name}_blocks": each.blocks for name, each in lists.items()},
         "kept": allowed & (heads | forced),
         "allowed": allowed,
+        "whole": structure.full,
         "forced": allowed if forced else torch.zeros_like(allowed),
         "tiles": left,
         "cut": cut,

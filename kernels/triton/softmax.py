@@ -13,9 +13,10 @@ stays finite.
 LAZY: m stays m_i, and acc is left as it is, until some row of the tile has grown by more than
 LARGEST_GROWTH: the result is the same, as weights, sum and output have one reference, whichever.
 
-With skip a block is left out (its weights are no power of two, its values are not read) if all its
-scores lie by more than that below the references of their rows. Of n keys left out none weighs more
-than exp(-skip) of the largest of its row.
+With skip a row leaves a block out if all its scores there lie by more than that below the row's
+reference; where all rows of a tile do, its weights are no power of two and its values are not read.
+Of n keys left out none weighs more than exp(-skip) of the largest of its row. Each row for itself:
+what comes later changes nothing before.
 
 The entropy of a row's weights w = p / l, where p = exp2(x), is log(l) - sum(p x) / l, of terms that
 are all positive: t_i is the sum of p x, with x taken from the reference as p is. A sink's share is
@@ -79,6 +80,7 @@ def weigh_block(
     # fmt: off
     if HAS_SKIP:
         counts = tl.max(score, 1) >= m_i - skip
+        score = tl.where(counts[:, None], score, float("-inf"))
         if tl.max(counts.to(tl.int32), 0) > 0:
             acc, l_i, m_i, t_i = add_block(
                 acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, inside,

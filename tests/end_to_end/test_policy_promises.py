@@ -33,7 +33,6 @@ from adaattn_compiler.decision import (
     Precision,
     Selection,
 )
-from adaattn_compiler.kernels.cpu.call import STRIP_ROWS
 from adaattn_compiler.kernels.cpu.decided import DecidedRunner
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.choices import SiteKey
@@ -150,17 +149,6 @@ def test_shifted_inputs_are_exact_on_every_path(shift: str, causal: bool) -> Non
 
 # -- what comes later ------------------------------------------------------------------------------
 
-# A path whose rows decide together, how many of them; the others row by row.
-TOGETHER = {"skip": STRIP_ROWS, "pooled": 64, "antidiagonal": 64}
-
-
-def first_touched(path: str, token: int) -> int:
-    """The first row that a token may change: its own, or of those of its block of 64 rows that
-    decide with it the first."""
-    block = token // 64 * 64
-    together = TOGETHER.get(path, 1)
-    return block + (token - block) // together * together
-
 
 def test_what_comes_later_changes_nothing_before_on_any_path() -> None:
     model, policy = model_and_policy(room=1e3)  # so that no guard trips
@@ -171,34 +159,20 @@ def test_what_comes_later_changes_nothing_before_on_any_path() -> None:
         changed[:, token:] = inputs(width=WIDTH, rows=ROWS, seed=1000 + token)[:, token:]
         after = run(fast, changed).unflatten(-1, (len(PATHS), 16))
         for head, path in enumerate(PATHS):
-            first = first_touched(path, token)
-            assert torch.equal(after[:, :first, head], before[:, :first, head]), path
+            assert torch.equal(after[:, :token, head], before[:, :token, head]), path
             assert not torch.equal(after[:, token, head], before[:, token, head])
     (site,) = adaattn_compiler.stats(model).sites
     assert all(head.as_decided == 7 for head in site.heads)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path,
-            marks=pytest.mark.xfail(
-                path in TOGETHER,
-                strict=True,
-                reason="rows of a block choose blocks together, and rows of a strip what to skip",
-            ),
-        )
-        for path in PATHS
-    ],
-)
-def test_not_even_rows_that_decide_together_are_changed(path: str) -> None:
-    """The last row of a block, and of a strip, becomes another; those before it in the same."""
+@pytest.mark.parametrize("path", PATHS)
+def test_not_even_rows_of_the_same_block_are_changed(path: str) -> None:
+    """The last row of a strip of six rows becomes another, its scores large."""
     problem, decision = problem_of("causal", rows=ROWS, columns=ROWS), PATHS[path]
     (q, k, v), _ = random_inputs(problem)
     q = 6 * q
     q[..., 0], k[:, :, 5, 0] = 6, 20  # a key that all look at, and blocks far below it
-    token = 192 + 10 * STRIP_ROWS - 1
+    token = 192 + 10 * 6 - 1
     runner = DecidedRunner(plan_for(problem, (decision,) * 4))
     outs = []
     for last in (q[:, :, token], -40 * q[:, :, token]):

@@ -134,7 +134,8 @@ def kept_by(problem: Problem, heads: tuple[HeadDecision, ...]) -> torch.Tensor:
             blocks = pattern_blocks(decision.pattern, *sizes).expand_as(blocks)
         if decision.selection is not None:
             scale = problem.spec.scale
-            blocks = selected_blocks(decision.selection, q, k, scale, allowed)[:, head]
+            whole = None if problem.spec.mask == sympy.true else structure.full
+            blocks = selected_blocks(decision.selection, q, k, scale, allowed, whole)[:, head]
         every.append(by_blocks(blocks, *sizes))
     return torch.stack(every, 1)
 
@@ -235,7 +236,7 @@ def test_blocks_whose_scores_are_low_are_skipped() -> None:
     near = pattern_blocks(pattern, LENGTH, LENGTH)
     met[:, 3] &= spread(near, (32, 32), met.shape[-2:])
     # Whole blocks come first, then those that the mask cuts: the same order.
-    given = ([], (), problem.spec, met, torch.tensor([skip]), (32, 32), (32, 1))
+    given = ([], (), problem.spec, met, torch.tensor([skip]), (32, 32), 1)
     double, _ = skipping_attention([t.double() for t in tensors], *given)
     single, skipped = skipping_attention(tensors, *given)
     assert skipped.any(-1).any(-1).any(0).tolist() == [False, True, False, True]

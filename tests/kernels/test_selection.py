@@ -14,7 +14,7 @@ from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.cpu.decided import DecidedRunner
 from adaattn_compiler.kernels.cpu.runner import cpp_runner, plan_of
 from adaattn_compiler.kernels.patterns import pattern_blocks
-from adaattn_compiler.kernels.selection import _antidiagonal, _pooled, selected_blocks
+from adaattn_compiler.kernels.selection import estimated, selected_blocks
 from adaattn_compiler.runtime.state import new_state
 
 WAYS = ("pooled", "antidiagonal")
@@ -67,12 +67,17 @@ def test_nothing_masked_is_chosen_and_estimates_sum_to_one(by: str) -> None:
     (q, k, _), _ = random_inputs(problem)
     structure = block_structure(problem.spec.mask, 300, 300, BLOCK, BLOCK)
     allowed = structure.partial | structure.full
-    estimate = {"pooled": _pooled, "antidiagonal": _antidiagonal}[by]
-    weights = estimate(q, k, SCALE, allowed)
-    assert bool((weights[..., ~allowed] == 0).all())
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
-    found = selected_blocks(Selection(0.99, by), q, k, SCALE, allowed)
+    weights, own = estimated(by, q, k, SCALE, allowed, structure.full)
+    assert bool((weights[..., ~structure.full] == 0).all())
+    torch.testing.assert_close(weights.sum(-1) + own, torch.ones(2, 4, 5))
+    found = selected_blocks(Selection(0.99, by), q, k, SCALE, allowed, structure.full)
     assert not bool((found & ~allowed).any())
+    assert bool(found[..., structure.partial].all())
+    assert not bool(
+        selected_blocks(Selection(0.1, by, 0, 0), q, k, SCALE, allowed, structure.full)[
+            ..., structure.full
+        ].all()
+    )
     assert bool((found.sum(-1) >= 1).all())
 
 
@@ -114,18 +119,26 @@ def test_patterns_and_choices_share_a_launch() -> None:
     assert not torch.equal(outs[0][:, 1], outs[1][:, 1])
 
 
-def test_a_choice_is_the_same_where_later_tokens_change() -> None:
-    """Blocks of a row block are chosen by its own rows: what follows does not change what was."""
-    problem = problem_of("causal", rows=320, columns=320)
+@pytest.mark.parametrize(
+    ("name", "rows"), [("causal", 320), ("last rows", 320), ("last rows", 170)]
+)
+def test_a_choice_is_the_same_where_later_tokens_change(name: str, rows: int) -> None:
+    """Blocks of a row block are chosen by rows up to its first: what follows changes nothing, of
+    the same block neither."""
+    problem = problem_of(name, rows=rows, columns=320)
     (q, k, v), _ = random_inputs(problem)
     for by in WAYS:
-        runner = DecidedRunner(plan_for(problem, (HeadDecision(selection=Selection(0.5, by)),) * 4))
+        decided = HeadDecision(selection=Selection(0.3, by, 0, 0))
+        runner = DecidedRunner(plan_for(problem, (decided,) * 4, rows=0))
         before = runner(q, k, v, [], (), flags_of(problem), new_state(4))
-        changed = [tensor.clone() for tensor in (q, k, v)]
-        for tensor in changed:
-            tensor[:, :, 256:] += 1
-        after = runner(*changed, [], (), flags_of(problem), new_state(4))
-        assert torch.equal(before[:, :, :256], after[:, :, :256])
+        for place in (rows - 1, rows - 30, rows - 64, rows - 100):
+            changed = [tensor.clone() for tensor in (q, k, v)]
+            changed[0][:, :, place:] *= -9
+            for tensor in changed[1:]:
+                tensor[:, :, place + 320 - rows :] *= -9
+            after = runner(*changed, [], (), flags_of(problem), new_state(4))
+            assert torch.equal(before[:, :, :place], after[:, :, :place])
+            assert not torch.equal(before[:, :, place:], after[:, :, place:])
 
 
 @pytest.mark.parametrize("wrong", [{"mass": 0.0}, {"mass": 1.5}, {"mass": 0.5, "by": "luck"}])
