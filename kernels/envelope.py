@@ -7,6 +7,7 @@ of another kind (larger, one-hot, all alike), not whether a pattern holds: audit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -14,11 +15,21 @@ _ROWS = 64
 # Each of [heads of the tensor]: root mean square; largest magnitude; the share of the mean square
 # that is the mean row's (1 where all rows are alike).
 MEASURES = ("rms", "max", "mean")
+# How far beyond what was seen inputs, and errors, may go.
+ROOM = 2.0
 
 
 def names() -> tuple[str, ...]:
     """The statistics in the order of `guard_statistics`: "q_rms", "q_max", ..., "v_mean"."""
     return tuple(f"{tensor}_{measure}" for tensor in "qkv" for measure in MEASURES)
+
+
+def widened(name: str, low: Any, high: Any) -> tuple[Any, Any]:
+    """The range that a guard lets through, of the one that was seen of a statistic, in numbers or
+    arrays: with room; of a share, to the half of what is left to 1."""
+    if name.endswith("_mean"):
+        return 0.0 * low, high + (1 - high) / 2
+    return low / ROOM, high * ROOM
 
 
 def guard_statistics(

@@ -25,11 +25,11 @@ import torch
 
 from adaattn_compiler.decision import EXACT, HeadDecision
 from adaattn_compiler.kernels.decided import DecidedPlan, read_head, written_head
-from adaattn_compiler.kernels.envelope import names
+from adaattn_compiler.kernels.envelope import ROOM, names, widened
 from adaattn_compiler.runtime.state import Column
 
-# How much of the budget is used; room beyond what was seen (both as calibration has them).
-SHARE, ROOM = 0.8, 2.0
+# How much of the budget is used, as in calibration.
+SHARE = 0.8
 # Calls that each candidate is measured in, where there are so many.
 _TRIES = 3
 # What takes more than this share of the exact kernel's time is not worth being inexact for.
@@ -250,7 +250,7 @@ def decided_plan(plan: OnlinePlan, memory: Memory, numbers: Array) -> DecidedPla
     """The plan by which a site runs whose heads are decided so, inside of what was seen."""
     low, high = zip(
         *(
-            _widened(name, least, most)
+            _bounds(name, least, most)
             for name, least, most in zip(names(), memory.low, memory.high, strict=True)
         ),
         strict=True,
@@ -268,8 +268,7 @@ def decided_plan(plan: OnlinePlan, memory: Memory, numbers: Array) -> DecidedPla
     )
 
 
-def _widened(name: str, low: Array, high: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """With room; of a share, half of what is left to 1."""
-    if name.endswith("_mean"):
-        return (0.0,) * len(low), tuple((high + (1 - high) / 2).tolist())
-    return tuple((low / ROOM).tolist()), tuple((high * ROOM).tolist())
+def _bounds(name: str, low: Array, high: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """By head, with room."""
+    low, high = widened(name, low, high)
+    return tuple(low.tolist()), tuple(high.tolist())

@@ -15,7 +15,7 @@ from adaattn_compiler.calibrate.outcome import Batch, Outcome
 from adaattn_compiler.decision import SiteDecision
 from adaattn_compiler.fingerprint import data_fingerprint, weights_fingerprint
 from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR
-from adaattn_compiler.kernels.envelope import names
+from adaattn_compiler.kernels.envelope import ROOM, names, widened
 from adaattn_compiler.policy import (
     Budget,
     Envelope,
@@ -27,8 +27,8 @@ from adaattn_compiler.policy import (
 )
 from adaattn_compiler.target import cpu_target
 
-# Room beyond what calibration saw; the least budget of a head that has none from the user.
-_ROOM, _LEAST_BUDGET = 2.0, 0.005
+# The least budget of a head that has none from the user.
+_LEAST_BUDGET = 0.005
 _DIGITS = 6
 
 
@@ -104,7 +104,7 @@ def _budgets(
         return (budget.value,) * len(errors)
     seen = [0.0] * len(errors) if audited is None else audited[1].tolist()
     return tuple(
-        max(_ROOM * error.p99, _ROOM * largest, _LEAST_BUDGET)
+        max(ROOM * error.p99, ROOM * largest, _LEAST_BUDGET)
         for error, largest in zip(errors, seen, strict=True)
     )
 
@@ -123,12 +123,14 @@ def _envelope(
     assert site.low is not None
     assert site.high is not None
     statistics = {
-        name: tuple(_widened(name, float(a), float(b)) for a, b in zip(low, high, strict=True))
+        name: tuple(
+            Range(*widened(name, float(a), float(b))) for a, b in zip(low, high, strict=True)
+        )
         for name, low, high in zip(names(), site.low, site.high, strict=True)
     }
     if audited is not None:
         limits = (
-            max(_ROOM * float(seen), budget)
+            max(ROOM * float(seen), budget)
             for seen, budget in zip(audited[0], budgets, strict=True)
         )
         statistics[AUDIT_ERROR] = tuple(Range(0.0, limit) for limit in limits)
@@ -138,10 +140,3 @@ def _envelope(
         Range(max(min(site.columns) // 2, 1), max(site.columns)),
         statistics,
     )
-
-
-def _widened(name: str, low: float, high: float) -> Range:
-    """With room; of a share, half of what is left to 1."""
-    if name.endswith("_mean"):
-        return Range(0.0, high + (1 - high) / 2)
-    return Range(low / _ROOM, high * _ROOM)
