@@ -216,6 +216,8 @@ class SitePolicy:
             "dtype": dtype,
             "training": training,
         }
+        if training and not self.training:
+            return "gradients are on; the policy is for inference (use torch.no_grad())"
         for what, value in present.items():
             calibrated = getattr(self, what)
             if calibrated != value:
