@@ -12,7 +12,7 @@ import torch
 from adaattn_compiler.decision import BLOCK, HeadDecision
 from adaattn_compiler.kernels import decided_op
 from adaattn_compiler.kernels.decided import DecidedPlan
-from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR, bounds_by_head
+from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR, bounds_by_head, envelope_refusal
 from adaattn_compiler.kernels.envelope import names
 from adaattn_compiler.kernels.low_rank import pooling_refusal
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
@@ -49,7 +49,8 @@ class DecidedGpuKernel:
         exact = TritonKernel(self.target).refusal(problem)
         if exact is not None:
             return exact
-        return decision_refusal(problem, self.site.decision.heads, self.target)
+        unknown = envelope_refusal(self.site)
+        return unknown or decision_refusal(problem, self.site.decision.heads, self.target)
 
     def cost(self, problem: Problem) -> float:
         return TritonKernel(self.target).cost(problem)

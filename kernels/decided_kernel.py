@@ -44,7 +44,8 @@ class DecidedKernel:
         exact = CppKernel().refusal(problem)
         if exact is not None:
             return exact
-        return decision_refusal(problem, self.site.decision.heads)
+        unknown = envelope_refusal(self.site)
+        return unknown or decision_refusal(problem, self.site.decision.heads)
 
     def cost(self, problem: Problem) -> float:
         return CppKernel().cost(problem)
@@ -91,6 +92,8 @@ def decision_refusal(problem: Problem, heads: Sequence[HeadDecision]) -> str | N
     spec = problem.spec
     if problem.requires_grad:
         return "policies are for inference; a gradient is wanted here"
+    if spec.dropout_p > 0:
+        return "policies are for inference; dropout is on here"
     reason = low_rank_refusal(problem, heads)
     if reason is not None:
         return reason
@@ -102,6 +105,15 @@ def decision_refusal(problem: Problem, heads: Sequence[HeadDecision]) -> str | N
     if sparse and spec.mask.has(Load):
         return "the mask depends on the input: a pattern might leave a row without a key"
     return None
+
+
+def envelope_refusal(site: SitePolicy) -> str | None:
+    """Why an envelope cannot be checked: a statistic that nothing computes would guard nothing."""
+    known = (*names(), AUDIT_ERROR)
+    unknown = [name for name in site.envelope.statistics if name not in known]
+    if not unknown:
+        return None
+    return f"its envelope has the unknown statistic {unknown[0]!r}; known are {', '.join(known)}"
 
 
 def bounds_by_head(ranges: Sequence[Range], site: SitePolicy) -> tuple[tuple[float, ...], ...]:

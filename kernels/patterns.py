@@ -14,7 +14,7 @@ import torch
 
 from adaattn_compiler.decision import BLOCK, HeadDecision, Pattern
 from adaattn_compiler.kernels.evaluate import evaluate_dense
-from adaattn_compiler.spec import M, N, b, h, param
+from adaattn_compiler.spec import Load, M, N, b, h, param
 from adaattn_compiler.spec import k as key
 from adaattn_compiler.spec import q as row
 
@@ -56,7 +56,7 @@ def sees_itself(mask: Any, rows: int, columns: int, params: Sequence[int]) -> bo
         return False
     sizes = {M: rows, N: columns, **{param(i): n for i, n in enumerate(params)}}
     own = sympy.sympify(mask).subs(key, row + (columns - rows)).subs(sizes)
-    if own.has(b, h):
+    if own.has(b, h, Load):
         return False
     seen = evaluate_dense(own, {row: torch.arange(rows)}, (), partial=True)
     return bool(torch.as_tensor(seen).all())

@@ -159,7 +159,10 @@ def _is_number(argument: Any) -> bool:
     if not isinstance(argument, fx.Node):
         return True
     value = argument.meta.get("example_value")
-    return not isinstance(value, torch.Tensor) or value.dim() == 0 or set(value.shape) == {1}
+    # A size that is a symbol is not compared: that would be a guard.
+    return not isinstance(value, torch.Tensor) or all(
+        isinstance(size, int) and size == 1 for size in value.shape
+    )
 
 
 def _is_told_to_write(node: fx.Node) -> bool:

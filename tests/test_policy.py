@@ -63,7 +63,6 @@ def test_site_that_is_as_calibrated_matches() -> None:
         ("head_dim", 128),
         ("value_dim", 32),
         ("dtype", "float16"),
-        ("training", True),
     ],
 )
 def test_site_that_is_otherwise_is_refused_with_both_values(what: str, value: Any) -> None:
@@ -71,6 +70,10 @@ def test_site_that_is_otherwise_is_refused_with_both_values(what: str, value: An
     assert reason is not None
     assert f"{what} {getattr(POLICY.sites[0], what)}" in reason
     assert str(value) in reason
+
+
+def test_where_gradients_are_on_a_policy_says_so() -> None:
+    assert "torch.no_grad()" in (POLICY.sites[0].mismatch(**(_PRESENT | {"training": True})) or "")
 
 
 def test_other_weights_are_refused_with_a_remedy() -> None:

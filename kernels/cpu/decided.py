@@ -117,6 +117,8 @@ class DecidedRunner:
         state: torch.Tensor,
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; what happened is added to the state."""
+        if not (q.numel() and k.numel()):  # nothing to decide about
+            return self._base(q, k, v, operands, params)
         if not self._selections and not self._parts:
             ready = self._prepared(q.shape[2], k.shape[2], params)
             done = self._base.decided(
@@ -185,7 +187,7 @@ class DecidedRunner:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         out = self._base(q, k, v, operands, params, plan, lse=lse, checked=True)
         given = (q, k, v, operands, params)
-        for part, own in zip(self._parts, lists.parts, strict=False):  # none where lists are whole
+        for part, own in zip(self._parts, lists.parts, strict=False):  # none where rows are few
             its = which & part.heads
             if bool(its.any()) and not part.join(given, own, its, out, lse):
                 return None

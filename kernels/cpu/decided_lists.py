@@ -20,8 +20,8 @@ from adaattn_compiler.spec import AttentionSpec
 class DecidedLists:
     """structure: what the mask leaves. kept: of it what the launch of all heads keeps, bool [H, row
     blocks, key blocks]. decided, exact: offsets [1,H,row blocks + 1] of heads with those and of
-    exact ones, both places in `blocks`. parts: the lists of each part. whole: whether patterns were
-    dropped, as rows might be left without a key, or are few."""
+    exact ones, both places in `blocks`. parts: the lists of each part, none where rows are few.
+    whole: whether patterns were dropped, as rows might be left without a key, or are few."""
 
     structure: BlockStructure
     kept: torch.Tensor
@@ -47,7 +47,7 @@ def decided_lists(
     kept = torch.stack([kept_blocks(head, *sizes) for head in heads])
     kept = allowed & (kept | whole)
     lists = []
-    for part in parts if not whole else ():
+    for part in parts if not few else ():
         kept, own = part.split(kept, structure, sizes[1])
         lists.append(part.lists(own, structure, sizes[1]))
     # The exact heads' lists after those as decided.

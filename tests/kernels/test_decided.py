@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
+import policies
 import pytest
 import sympy
 import torch
@@ -23,13 +24,14 @@ from adaattn_compiler.decision import (
 from adaattn_compiler.kernels.cpu.decided import DecidedRunner, decided_runner
 from adaattn_compiler.kernels.cpu.runner import cpp_runner, plan_of
 from adaattn_compiler.kernels.decided import DecidedPlan
-from adaattn_compiler.kernels.decided_kernel import decision_refusal
+from adaattn_compiler.kernels.decided_kernel import decision_refusal, envelope_refusal
 from adaattn_compiler.kernels.envelope import guard_statistics, names
 from adaattn_compiler.kernels.patterns import pattern_blocks, sees_itself
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import reference_attention
+from adaattn_compiler.policy import Envelope, Range
 from adaattn_compiler.runtime.state import Column, head_stats, new_state
-from adaattn_compiler.spec import Load, OperandSpec
+from adaattn_compiler.spec import EmptyRow, Load, OperandSpec
 from adaattn_compiler.spec import k as key
 from adaattn_compiler.spec import q as row
 
@@ -316,3 +318,51 @@ def test_a_head_is_demoted_for_what_is_sure_and_not_for_one_row() -> None:
     stats = head_stats(state)
     assert all((head.error or 0.0) > 0.1 for head in stats[:2])
     assert [head.demoted for head in stats] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("head", [BF16, dataclasses.replace(BF16, skip=9.0)])
+def test_a_mask_by_data_that_batch_items_share_is_met(head: HeadDecision) -> None:
+    spec = dataclasses.replace(
+        SPECS["plain"][0],
+        mask=sympy.Ne(Load(0, key), 0),
+        empty_row=EmptyRow.ZERO,
+        operands=(OperandSpec("bool", 1),),
+    )
+    problem = dataclasses.replace(problem_of("plain"), spec=spec, operand_shapes=((90,),))
+    tensors, operands = random_inputs(problem)
+    assert decision_refusal(problem, (head,) * 4) is None
+    runner = DecidedRunner(plan_for(problem, (head,) * 4))
+    out = runner(*tensors, operands, (), flags_of(problem), new_state(4))
+    true = reference_attention(*(t.double() for t in tensors), operands, (), spec)
+    assert (out - true).norm() < 0.02 * true.norm()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 90), (90, 0), (0, 0)])
+def test_without_rows_or_keys_all_is_as_the_exact_kernel_has_it(rows: int, columns: int) -> None:
+    problem = problem_of("plain", rows=rows, columns=columns)
+    tensors, _ = random_inputs(problem)
+    plan = plan_for(problem)
+    text, state = plan.serialize(), new_state(4)
+    flags = torch.ops.adaattn.check_envelope(*tensors, state, text)
+    assert flags.shape == (2, 4)
+    assert not flags.any()
+    for given in (flags, flags_of(problem)):
+        out = DecidedRunner(plan)(*tensors, [], (), given, state)
+        exact = cpp_runner(plan_of(problem))(*tensors, [], ())
+        assert out.shape == exact.shape
+        assert torch.equal(out.nan_to_num(), exact.nan_to_num())
+        assert torch.equal(out.isnan(), exact.isnan())
+
+
+def test_dropout_is_refused() -> None:
+    problem = problem_of("plain")
+    problem = dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, dropout_p=0.5))
+    assert "dropout is on" in (decision_refusal(problem, (BF16,) * 4) or "")
+
+
+def test_an_envelope_with_an_unknown_statistic_is_refused() -> None:
+    site = policies.site(envelope=Envelope(Range(1, 9), Range(1, 9), {}))
+    assert envelope_refusal(site) is None
+    wrong = {"q_mx": (Range(0.0, 0.0),) * 6}
+    site = policies.site(envelope=Envelope(Range(1, 9), Range(1, 9), wrong))
+    assert "'q_mx'" in (envelope_refusal(site) or "")

@@ -212,3 +212,12 @@ def test_input_changed_in_place_stays_changed() -> None:
     x = -torch.ones(3)
     run(function, x, *(torch.randn(2, 3, LENGTH, 8) for _ in range(3)))
     assert not x.any()
+
+
+def test_a_product_with_a_tensor_of_symbolic_size_is_analysed() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tensor) -> Any:
+        return F.scaled_dot_product_attention(q * w, k, v)
+
+    q, k, v = torch.randn(3, 2, 4, 96, 16).unbind()
+    found = run(attention, q, k, v, torch.randn(96, 1), dynamic=True)
+    assert [site.lowered for site in found.sites] == [True]
