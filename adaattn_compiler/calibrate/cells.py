@@ -175,7 +175,8 @@ def points(site: DecidedSite) -> list[Point]:
             describe_head(candidate),
             seconds / exact,
             *_spread(errors),
-            tuple(i for i, head in enumerate(heads) if head == candidate),
+            # In words: of a basis of keys each key head has its own.
+            tuple(i for i, h in enumerate(heads) if describe_head(h) == describe_head(candidate)),
         )
         for candidate, seconds, errors in zip(
             found.candidates, found.seconds, found.p99(), strict=True

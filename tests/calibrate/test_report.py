@@ -15,7 +15,7 @@ from adaattn_compiler.calibrate.given import batches_of
 from adaattn_compiler.calibrate.pictures import Point
 from adaattn_compiler.calibrate.report import page, speedups
 from adaattn_compiler.calibrate.run import Calibration, calibration
-from adaattn_compiler.decision import HeadDecision, Pattern
+from adaattn_compiler.decision import HeadDecision, Pattern, describe_head
 from adaattn_compiler.policy import Budget
 
 EVIL = '<script>alert("1")</script>&'
@@ -104,7 +104,7 @@ def test_every_candidate_is_a_point(read: Read, found: Calibration) -> None:
     candidates = sum(len(site.candidates) for site in found.sites.values())
     assert read.tags.count("circle") == candidates
     chosen = [text for text in read.texts["title"] if "; chosen by head" in text]
-    decided = [set(site.decision.heads) for site in found.policy.sites]
+    decided = [set(map(describe_head, site.decision.heads)) for site in found.policy.sites]
     assert len(chosen) == sum(len(each) for each in decided)
 
 
