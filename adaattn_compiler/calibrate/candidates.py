@@ -23,7 +23,10 @@ _WINDOWS = (64, 128, 256, 512, 1024, 2048, 4096)
 _SINKS = (0, 64)
 # A window that leaves out less than this share of the keys is not worth trying.
 _LEAST_LEFT_OUT = 0.3
-_SKIPS = (6.0, 9.0)
+_SKIPS = (4.0, 6.0, 9.0)
+# Windows in which blocks are skipped, too: shorter ones have few. With first keys, which cost next
+# to nothing where they can be skipped.
+_LEAST_SKIPPED, _SKIPS_IN_WINDOWS = 256, (6.0, 9.0)
 _MASSES = (0.9, 0.97)
 # Keys by their means: the windows in which none is, how many share a mean; landmarks, and how many
 # keys each is for at least.
@@ -54,6 +57,11 @@ def candidates_for(problem: Problem) -> tuple[HeadDecision, ...]:
     ends = dict.fromkeys((stages[0], best))
     for pattern, (scores, values) in itertools.product(_patterns(problem), ends):
         found.append(HeadDecision(pattern=pattern, scores=scores, values=values))
+    found += [
+        HeadDecision(pattern=pattern, scores=best[0], values=best[1], skip=skip)
+        for pattern, skip in itertools.product(_patterns(problem), _SKIPS_IN_WINDOWS)
+        if pattern.window >= _LEAST_SKIPPED and pattern.sinks
+    ]
     found += [
         HeadDecision(
             pooling=Pooling(Pattern(window, _SINKS[-1]), keys), scores=best[0], values=best[1]

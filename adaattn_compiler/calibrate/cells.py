@@ -169,17 +169,18 @@ def _p99(site: DecidedSite, head: int) -> float | None:
 def points(site: DecidedSite) -> list[Point]:
     """Every candidate of a site, with the heads that chose it."""
     found, heads = site.measured, site.policy.decision.heads
-    exact = found.seconds[0] or 1.0
+    seconds = found.seconds.sum(1).tolist()
+    exact = seconds[0] or 1.0
     return [
         Point(
             describe_head(candidate),
-            seconds / exact,
+            its_seconds / exact,
             *_spread(errors),
             # In words: of a basis of keys each key head has its own.
             tuple(i for i, h in enumerate(heads) if describe_head(h) == describe_head(candidate)),
         )
-        for candidate, seconds, errors in zip(
-            found.candidates, found.seconds, found.p99(), strict=True
+        for candidate, its_seconds, errors in zip(
+            found.candidates, seconds, found.p99(), strict=True
         )
     ]
 

@@ -6,7 +6,8 @@ import torch
 
 from adaattn_compiler.calibrate.apply import Decisions
 from adaattn_compiler.calibrate.board import Tensors, exactly
-from adaattn_compiler.calibrate.measure import decided, least_seconds, unguarded
+from adaattn_compiler.calibrate.measure import decided, unguarded
+from adaattn_compiler.calibrate.times import least_seconds
 from adaattn_compiler.decision import EXACT
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.passes.choices import SiteKey

@@ -49,9 +49,8 @@ def site_policy(
     )
     shape = site.problem.shape
     budgets = _budgets(errors, audited, budget)
-    seconds = Seconds(
-        site.seconds[0], sum(site.seconds[c] for c in chosen) / len(chosen), measured=True
-    )
+    exact = [0] * shape.heads
+    seconds = Seconds(site.took(exact), site.took(chosen), measured=True)
     return SitePolicy(
         site.key.name,
         site.key.ordinal,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +13,7 @@ from adaattn_compiler.calibrate.basis import bases_of_keys
 from adaattn_compiler.calibrate.board import Tensors, exactly
 from adaattn_compiler.calibrate.candidates import candidates_for
 from adaattn_compiler.calibrate.gather import Numbers, gathered
+from adaattn_compiler.calibrate.times import Timekeeping, Times
 from adaattn_compiler.decision import HeadDecision, KeyBasis
 from adaattn_compiler.kernels.audit import relative_error
 from adaattn_compiler.kernels.cpu.decided import AS_DECIDED, DecidedRunner
@@ -24,9 +24,6 @@ from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.runtime.averages import MovingAverages
 from adaattn_compiler.runtime.state import new_state
-
-# Calls that are timed: at least so many of each, more while they take no longer than this together.
-_ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 30, 2.0
 
 
 def unguarded(problem: Problem, heads: Sequence[HeadDecision]) -> DecidedRunner:
@@ -66,19 +63,11 @@ class Call:
 Sample = dict[SiteKey, list[Call]]
 
 
-@dataclass(frozen=True)
-class Times:
-    """Of a site. candidates: a short name for them all; seconds: of each."""
-
-    candidates: str
-    seconds: tuple[float, ...]
-
-
 @dataclass
 class SiteMeasurements:
     """Of one site. errors: for each sample [candidates, heads], relative L2 of the head's output.
-    seconds: of one call with all heads alike, by candidate. low, high: the range of each statistic
-    of the inputs (kernels/envelope.py), [9, heads]. rows, columns: the lengths that were seen.
+    seconds: [candidates, heads], of one head (times.py). low, high: the range of each statistic of
+    the inputs (kernels/envelope.py), [9, heads]. rows, columns: the lengths that were seen.
     statistics: of the heads, averaged in the order of the calls. bases: of the key heads, by rank
     (calibrate/basis.py): where a candidate has a basis, each head has its own.
     """
@@ -86,7 +75,7 @@ class SiteMeasurements:
     key: SiteKey
     problem: Problem
     candidates: tuple[HeadDecision, ...]
-    seconds: list[float]
+    seconds: torch.Tensor
     errors: list[torch.Tensor] = field(default_factory=list)
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
@@ -99,6 +88,10 @@ class SiteMeasurements:
         """The decision of each head, of the number of its candidate."""
         group = self.problem.spec.group
         return tuple(self._own(self.candidates[c], head // group) for head, c in enumerate(chosen))
+
+    def took(self, chosen: Sequence[int]) -> float:
+        """Seconds of all heads together, of the number of each head's candidate."""
+        return float(self.seconds[list(chosen), range(len(chosen))].sum())
 
     def _own(self, candidate: HeadDecision, kv_head: int) -> HeadDecision:
         if candidate.basis is None:
@@ -136,7 +129,7 @@ class Measuring:
         self.times: dict[SiteKey, Times] = dict(times or {})
         self.sample: Sample = {}
         self.turn = 0
-        self._seconds: dict[tuple[object, ...], list[float]] = {}
+        self._timekeeping = Timekeeping()
         self._runners: dict[tuple[object, ...], DecidedRunner] = {}
 
     def __call__(self, key: SiteKey, problem: Problem, tensors: Tensors) -> torch.Tensor:
@@ -164,15 +157,15 @@ class Measuring:
             candidates = candidates_for(problem)
             ranks = {c.basis.rank for c in candidates if c.basis is not None}
             bases = {rank: bases_of_keys(tensors[1], rank) for rank in ranks}
-            site = SiteMeasurements(key, problem, candidates, [], bases=bases)
+            site = SiteMeasurements(key, problem, candidates, torch.zeros(0), bases=bases)
             name = _name_of(site.candidates)
             known = self.times.get(key)
             if known is None:
-                known = Times(name, tuple(self._seconds_of(site, tensors)))
+                known = Times(name, self._seconds_of(site, tensors))
             elif known.candidates != name:
                 raise Stale(f"other candidates are tried for {key.name or '(root)'} now")
             self.times[key] = known
-            site.seconds = list(known.seconds)
+            site.seconds = torch.tensor(known.seconds, dtype=torch.float64)
             self.sites[key] = site
         return self.sites[key]
 
@@ -188,32 +181,19 @@ class Measuring:
             self._runners[kind] = unguarded(site.problem, site.decided(heads))
         return self._runners[kind]
 
-    def _seconds_of(self, site: SiteMeasurements, tensors: Tensors) -> list[float]:
-        """Once for all layers alike."""
-        kind = _kind(site.problem)
-        if kind not in self._seconds:
-            ways = [
-                functools.partial(decided, runner, tensors) for runner in self._runners_of(site)
-            ]
-            ways[0] = functools.partial(exactly, site.key, site.problem, tensors)
-            self._seconds[kind] = least_seconds(ways)
-        return self._seconds[kind]
+    def _seconds_of(
+        self, site: SiteMeasurements, tensors: Tensors
+    ) -> tuple[tuple[float, ...], ...]:
+        runners = self._runners_of(site)
+        ways = [functools.partial(decided, runner, tensors) for runner in runners]
+        ways[0] = functools.partial(exactly, site.key, site.problem, tensors)
 
+        def skipped(number: int) -> torch.Tensor:
+            if site.candidates[number].skip is None:
+                return torch.zeros(site.problem.shape.heads)
+            return runners[number].skipped(*tensors).sum(0)
 
-def least_seconds(ways: Sequence[Callable[[], object]]) -> list[float]:
-    """The least that each takes, called in turns: other processes only ever make calls slower. The
-    first calls make lists, and are not counted."""
-    least = [float("inf")] * len(ways)
-    begun = time.perf_counter()
-    for turn in range(_MOST_ROUNDS + 1):
-        if turn > _ROUNDS and time.perf_counter() - begun > _SECONDS:
-            break
-        for i, way in enumerate(ways):
-            begin = time.perf_counter()
-            way()
-            if turn:
-                least[i] = min(least[i], time.perf_counter() - begin)
-    return least
+        return self._timekeeping.seconds(_kind(site.problem), site.candidates, ways, skipped)
 
 
 def _kind(problem: Problem) -> tuple[object, ...]:

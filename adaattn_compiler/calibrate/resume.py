@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaattn_compiler.calibrate.measure import Call, Sample, Times
+from adaattn_compiler.calibrate.measure import Call, Sample
 from adaattn_compiler.calibrate.outcome import Batch
+from adaattn_compiler.calibrate.times import Times
 from adaattn_compiler.fingerprint import data_fingerprint, weights_fingerprint
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.policy.file import write_text
 from adaattn_compiler.target import cpu_target
 
-_FORMAT = "adaattn calibration in progress 2"
+_FORMAT = "adaattn calibration in progress 3"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def read(text: str) -> tuple[Key, Begun]:
         raise ValueError(f"its format is {content['format']!r}; this version reads {_FORMAT!r}")
     sites = [SiteKey(site["name"], site["ordinal"]) for site in content["sites"]]
     times = {
-        key: Times(site["candidates"], tuple(site["seconds"]))
+        key: Times(site["candidates"], tuple(map(tuple, site["seconds"])))
         for key, site in zip(sites, content["sites"], strict=True)
     }
     samples: dict[int, Sample] = {}

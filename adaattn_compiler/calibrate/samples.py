@@ -128,7 +128,7 @@ class _Samples:
                     sites[key].add(call)
         # Of the first rank that saw a site, for all.
         for key, site in sites.items():
-            site.seconds = list(times[key].seconds)
+            site.seconds = torch.tensor(times[key].seconds, dtype=torch.float64)
         return sites
 
 

@@ -21,9 +21,10 @@ Selection = dict[SiteKey, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Options:
-    """What a site's heads can take. seconds: [candidates], of one head. error: [candidates, heads],
-    what is held to a budget. damage: [candidates, heads], what a candidate is thought to do to the
-    model's output; all 0 where only the budget counts."""
+    """What a site's heads can take. seconds: of one head, [candidates, heads], or [candidates, 1]
+    where all take the same. error: [candidates, heads], what is held to a budget. damage:
+    [candidates, heads], what a candidate is thought to do to the model's output; all 0 where only
+    the budget counts."""
 
     seconds: torch.Tensor
     error: torch.Tensor
@@ -32,24 +33,22 @@ class Options:
 
 def options_of(site: SiteMeasurements, weight: torch.Tensor | None = None) -> Options:
     """weight: by head, what a squared relative error of 1 would do to the model's output."""
-    heads = site.problem.shape.heads
-    seconds = torch.tensor(site.seconds, dtype=torch.float64) / heads
     error = site.p99().double()
     damage = torch.zeros_like(error)
     if weight is not None:
         damage = torch.stack(site.errors).double().square().mean(0) * weight
-    return Options(seconds, error, damage)
+    return Options(site.seconds, error, damage)
 
 
 def within(options: Options, limit: float) -> tuple[int, ...]:
     """For each head the fastest candidate whose error is within a limit; exact has none."""
-    cost = torch.where(options.error <= limit, options.seconds[:, None], float("inf"))
+    cost = torch.where(options.error <= limit, options.seconds, float("inf"))
     return _least(cost, options)
 
 
 def weighed(options: Options, price: float) -> tuple[int, ...]:
     """For each head the candidate of the least seconds + price * damage."""
-    return _least(options.seconds[:, None] + price * options.damage, options)
+    return _least(options.seconds + price * options.damage, options)
 
 
 def _least(cost: torch.Tensor, options: Options) -> tuple[int, ...]:

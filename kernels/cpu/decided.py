@@ -128,6 +128,20 @@ class DecidedRunner:
                 return done
         return self._in_steps(q, k, v, operands, params, flags, state)
 
+    def skipped(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+    ) -> torch.Tensor:
+        """How often a row of each head skips a block in the launch of all heads, int64 [B,H]."""
+        counts = torch.zeros(q.shape[:2], dtype=torch.int64)
+        plan = self._prepared(q.shape[2], k.shape[2], params).all_decided
+        self._base(q, k, v, operands, params, plan, skipped=counts, checked=True)
+        return counts
+
     def _in_steps(
         self,
         q: torch.Tensor,
@@ -276,7 +290,8 @@ class DecidedRunner:
             whole = None if self.spec.mask == sympy.true else structure.full
             found = selected_blocks(selection, q, k, self.spec.scale, allowed, whole)
             seen = torch.where((as_decided & theirs)[..., None, None], found, seen)
-        return dataclasses.replace(plan, **_named(lists_by_head(seen, structure.partial)))
+        chosen = lists_by_head(seen, structure.partial, lists.order)
+        return dataclasses.replace(plan, **_named(chosen))
 
     def _prepared(self, rows: int, columns: int, params: Sequence[int]) -> _Prepared:
         return self._kept.get((rows, columns, *params), lambda: self._made(rows, columns, params))

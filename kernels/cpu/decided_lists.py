@@ -10,7 +10,7 @@ import torch
 from adaattn_compiler.decision import HeadDecision
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
 from adaattn_compiler.kernels.cpu.parts import Part, PartLists
-from adaattn_compiler.kernels.cpu.plans import BLOCK, lists_by_head
+from adaattn_compiler.kernels.cpu.plans import BLOCK, Order, lists_by_head, nearest_first
 from adaattn_compiler.kernels.cpu.runner import FEW_ROWS
 from adaattn_compiler.kernels.patterns import kept_blocks, sees_itself
 from adaattn_compiler.spec import AttentionSpec
@@ -21,7 +21,8 @@ class DecidedLists:
     """structure: what the mask leaves. kept: of it what the launch of all heads keeps, bool [H, row
     blocks, key blocks]. decided, exact: offsets [1,H,row blocks + 1] of heads with those and of
     exact ones, both places in `blocks`. parts: the lists of each part, none where rows are few.
-    whole: whether patterns were dropped, as rows might be left without a key, or are few."""
+    whole: whether patterns were dropped, as rows might be left without a key, or are few. order: of
+    the blocks of heads that skip."""
 
     structure: BlockStructure
     kept: torch.Tensor
@@ -30,6 +31,7 @@ class DecidedLists:
     blocks: torch.Tensor
     parts: tuple[PartLists, ...]
     whole: bool
+    order: Order | None
 
 
 def decided_lists(
@@ -51,6 +53,18 @@ def decided_lists(
         kept, own = part.split(kept, structure, sizes[1])
         lists.append(part.lists(own, structure, sizes[1]))
     # The exact heads' lists after those as decided.
-    offsets, blocks = lists_by_head(torch.cat([kept, allowed[None]])[None], structure.partial)
+    order = order_of(heads, *sizes)
+    every = (
+        None if order is None else Order(torch.nn.functional.pad(order.heads, (0, 1)), order.ranked)
+    )
+    offsets, blocks = lists_by_head(
+        torch.cat([kept, allowed[None]])[None], structure.partial, every
+    )
     decided, exact = offsets[:, :-1].contiguous(), offsets[:, -1:].expand(1, len(kept), -1)
-    return DecidedLists(structure, kept, decided, exact, blocks, tuple(lists), whole)
+    return DecidedLists(structure, kept, decided, exact, blocks, tuple(lists), whole, order)
+
+
+def order_of(heads: Sequence[HeadDecision], rows: int, columns: int) -> Order | None:
+    """In which heads that skip meet their blocks; None where none does."""
+    skipping = torch.tensor([head.skip is not None for head in heads])
+    return Order(skipping, nearest_first(rows, columns)) if bool(skipping.any()) else None

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import dataclass
 
 import sympy
 import torch
 
 from adaattn_compiler.kernels.blocks import BlockStructure
-from adaattn_compiler.kernels.cpu.call import SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16, Plan
+from adaattn_compiler.kernels.cpu.call import (
+    SCORES_IN_BFLOAT16,
+    STEP_BLOCKS,
+    VALUES_IN_BFLOAT16,
+    Plan,
+)
 from adaattn_compiler.runtime.state import Column
 from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, b, h, k, q
 
@@ -22,17 +28,57 @@ def lists_of(structure: BlockStructure) -> tuple[torch.Tensor, torch.Tensor]:
     return lists_by_head((structure.partial | structure.full)[None, None], structure.partial)
 
 
-def lists_by_head(seen: torch.Tensor, partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def lists_by_head(
+    seen: torch.Tensor, partial: torch.Tensor, order: Order | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(offsets, blocks) of a Plan whose heads see blocks of their own.
 
     seen: bool [B|1, H|1, row blocks, key blocks]; partial: which of them the mask cuts, expands to
-    the same.
+    the same. order: of the heads that have one; the others' blocks ascend.
     """
     counts = seen.sum(-1, dtype=torch.int32)
     ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
     offsets = torch.cat([(ends - counts)[..., :1], ends], -1)
-    column = seen.nonzero()[:, 3]
-    return offsets, (2 * column + partial.expand_as(seen)[seen]).to(torch.int32)
+    partial = partial.expand_as(seen)
+    if order is None:
+        column = seen.nonzero()[:, 3]
+    else:
+        seen, partial = order.of(seen), order.of(partial)
+        column = order.columns(seen)
+    return offsets, (2 * column + partial[seen]).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order rows meet blocks of keys. heads: bool [H], whose blocks are in it. ranked:
+    int64 [row blocks, key blocks], the numbers of the key blocks in that order."""
+
+    heads: torch.Tensor
+    ranked: torch.Tensor
+
+    def of(self, blocks: torch.Tensor) -> torch.Tensor:
+        """[B, H, row blocks, key blocks] as the heads meet them."""
+        theirs = blocks.gather(-1, self.ranked.expand_as(blocks))
+        return torch.where(self.heads[:, None, None], theirs, blocks)
+
+    def columns(self, seen: torch.Tensor) -> torch.Tensor:
+        """The numbers of the blocks that are seen, one after another; seen: in this order."""
+        _, head, row, place = seen.nonzero().unbind(1)
+        return torch.where(self.heads[head], self.ranked[row, place], place)
+
+
+def nearest_first(rows: int, columns: int) -> torch.Tensor:
+    """Key blocks by their distance from the rows' own position, int64 [row blocks, key blocks];
+    the first keys, which many heads look at, among the nearest ones.
+
+    Where a row has met its largest score early, more of the later blocks lie far below it.
+    """
+    key = torch.arange(-(-columns // BLOCK[1]))
+    own = ((torch.arange(0, rows, BLOCK[0]) + columns - rows) // BLOCK[1])[:, None]
+    distance = 2 * (own - key).abs() + (key > own)
+    # The last of a causal row's first step.
+    distance[:, 0] = distance[:, 0].clamp(max=2 * (STEP_BLOCKS - 1) - 1)
+    return distance.argsort(dim=-1, stable=True)
 
 
 def every_block(blocks: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:

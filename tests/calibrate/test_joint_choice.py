@@ -35,7 +35,7 @@ def table(of_keys: list[tuple[float, ...]], of_bits: list[tuple[float, ...]]) ->
         ]
     ).double()
     seconds = torch.tensor([KEYS_TAKE[i] * BITS_TAKE[j] for i, j in PLACES]).double()
-    return Options(seconds, error, error.square())
+    return Options(seconds[:, None], error, error.square())
 
 
 def only(options: Options, which: list[int]) -> Options:
@@ -136,7 +136,7 @@ def test_a_price_weighs_keys_and_bits_alike() -> None:
     """Of the candidates that a price could take, none is faster and does less damage."""
     for price in (1e-3, 0.1, 0.5, 1.0, 10.0):
         for head, chosen in enumerate(weighed(TABLE, price)):
-            better = (TABLE.seconds <= TABLE.seconds[chosen]) & (
+            better = (TABLE.seconds[:, 0] <= TABLE.seconds[chosen, 0]) & (
                 TABLE.damage[:, head] < TABLE.damage[chosen, head]
             )
             assert not bool(better.any())
@@ -164,7 +164,7 @@ def measured(problem: Problem) -> Options:
     ]
     times = [cost(head, problem) for head in GRID]
     error = torch.stack(errors).double()
-    return Options(torch.tensor(times).double(), error, error.square())
+    return Options(torch.tensor(times).double()[:, None], error, error.square())
 
 
 def measured_apart(options: Options, limit: float) -> tuple[int, ...]:

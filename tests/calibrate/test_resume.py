@@ -66,7 +66,7 @@ def test_text_holds_every_bit() -> None:
     numbers = {"entropy": (1 / 3, 1e-300), "q_max": (0.1, 2.0)}
     call = Call(errors, torch.rand(9, 2), torch.rand(9, 2), 7, 300, numbers)
     site = SiteKey("a.b", 1)
-    begun = Begun({3: {site: [call, call]}}, {site: Times("name", (0.1, 1 / 3))})
+    begun = Begun({3: {site: [call, call]}}, {site: Times("name", ((0.1, 1 / 3), (0.3, 1e-9)))})
     key, found = read(written(KEY, begun))
     assert (key, found.times) == (KEY, begun.times)
     (again, _) = found.samples[3][site]

@@ -82,8 +82,11 @@ plain = [(torch.zeros(1, 8, dtype=torch.long),)]
 def fixed_times(patch: pytest.MonkeyPatch) -> None:
     """Times that are always the same: the later a candidate, the faster."""
 
-    def seconds_of(self: Measuring, site: SiteMeasurements, tensors: Tensors) -> list[float]:
-        return [0.002 / (i + 1) for i in range(len(site.candidates))]
+    def seconds_of(
+        self: Measuring, site: SiteMeasurements, tensors: Tensors
+    ) -> tuple[tuple[float, ...], ...]:
+        heads = site.problem.shape.heads
+        return tuple((0.002 / heads / (i + 1),) * heads for i in range(len(site.candidates)))
 
     patch.setattr(Measuring, "_seconds_of", seconds_of)
 
