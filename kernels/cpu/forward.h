@@ -134,14 +134,15 @@ struct QueryBlock {
   int64_t batch, head, first, rows;
   float skip;
   int64_t skipped_rows;  // how often one of them has skipped a block
+  ScreenedRows<kCanScreen ? kBlockRows : 1> screened;
+  int64_t screens_tried, screens_kept;  // how many strips of rows, in how many a block was left
 
   // Whether all its queries are finite.
   bool start(const Call& call, int64_t at_batch, int64_t at_head, int64_t at_block) {
     batch = at_batch, head = at_head, first = at_block * kBlockRows;
     rows = call.rows - first < kBlockRows ? call.rows - first : kBlockRows;
-    skip = call.skip ? call.skip[batch * call.skip_batch_stride + head * call.skip_head_stride]
-                     : kInfinity;
-    skipped_rows = 0;
+    skip = skip_of(call, batch, head);
+    skipped_rows = screens_tried = screens_kept = 0;
     bool finite = true;
     for (int64_t row = 0; row < rows; ++row) {
       const Number* query = row_of(call.q, batch, head, first + row);
@@ -154,28 +155,63 @@ struct QueryBlock {
     return finite;
   }
 
-  // Up to kStepBlocks key blocks at a time.
-  void visit(const Call& call, const PackedKeys& packed, const int32_t* entries, int64_t count) {
+  // The query rows in whole numbers.
+  void start_screening(const Call& call) {
+    constexpr bool kInPairs = !std::is_same_v<KeyWord, float>;
+    for (int64_t row = 0; row < rows; ++row)
+      screened.set(row, row_of(call.q, batch, head, first + row), {!kInPairs, kInPairs});
+    screened.clear_from(rows);
+  }
+
+  // The strips of which no row can have a score in a block that it does not skip, as bits.
+  uint32_t screen(const uint32_t* keys) {
+    // Where most strips need most blocks nothing is gained: only some blocks are tried.
+    if (screens_tried >= 4 * kStrips && 2 * screens_kept > screens_tried) return 0;
+    alignas(64) float below[decltype(screened)::kRows] = {};
+    for (int64_t row = 0; row < rows; ++row) below[row] = state[row].largest - skip;
+    ScreenedBlock block;
+    std::memcpy(&block, keys + kScreenWords * kBlockKeys, sizeof block);
+    screened.limit(block, below, rows);
+    uint32_t left_out = 0;
+    const int strips = int((rows + kTileRows - 1) / kTileRows);
+    for (int strip = 0; strip < strips; ++strip)
+      if (!screened.reaches(strip, keys)) left_out |= 1u << strip;
+    screens_tried += strips, screens_kept += strips - __builtin_popcount(left_out);
+    return left_out;
+  }
+
+  // Up to kStepBlocks key blocks at a time. screens: whether they can be screened.
+  void visit(const Call& call, const PackedKeys& packed, const int32_t* entries, int64_t count,
+             bool screens) {
     float factor[kStepBlocks];
     Range parts[kStepBlocks][kStrips];
+    uint32_t skipped[kStrips] = {};  // of the step's blocks, as bits
+    const uint32_t every_strip = (1u << ((rows + kTileRows - 1) / kTileRows)) - 1;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t block = block_of(entries[i]);
       const bool masked = is_cut(entries[i]);
       const KeyWord* keys = packed.keys_of<KeyWord>(batch, head / kGroup, block);
       float* products = scores + i * kBlockKeys;
-      if (masked) {
-        // Products outside of the parts are left as they were: finish_block makes them -inf.
-        find_parts(call, batch, head, first, rows, block, parts[i]);
+      uint32_t left_out = 0;
+      if constexpr (kCanScreen)
+        if (screens && !masked) left_out = screen(packed.screen_of(batch, head / kGroup, block));
+      for (int strip = 0; strip < kStrips; ++strip) {
+        skipped[strip] |= (left_out >> strip & 1u) << i;
+        parts[i][strip] = left_out >> strip & 1 ? Range{0, 0} : Range{0, kBlockKeys};
+      }
+      if (masked) find_parts(call, batch, head, first, rows, block, parts[i]);
+      factor[i] = 1.0f;
+      if (left_out == every_strip) continue;
+      // Products outside of the parts are left as they were: finish_block makes those that the mask
+      // shuts out -inf, those that are screened out nothing reads.
+      if (masked || left_out)
         multiply_columns<kBlockKeys>(rows, queries, kQueryWords, keys, products, kStepKeys,
                                      kQueryWords, parts[i]);
-      } else {
+      else
         multiply<kBlockKeys>(rows, queries, kQueryWords, keys, products, kStepKeys, kQueryWords,
                              false);
-      }
-      factor[i] =
-          finish_block(call, batch, head, first, rows, block, masked, products, kStepKeys);
+      factor[i] = finish_block(call, batch, head, first, rows, block, masked, products, kStepKeys);
     }
-    uint32_t skipped[kStrips] = {};  // of the step's blocks, as bits
     weigh(call, entries, factor, count, skipped);
     for (int64_t i = 0; i < count; ++i) add_values(packed, entries[i], i, parts[i], skipped);
   }
@@ -204,17 +240,25 @@ struct QueryBlock {
   // Scores become weights, but for the blocks of the step that a row skips; those that all rows of a
   // strip skip are written: with them nothing is multiplied. By strips and not by blocks of rows, as
   // the products are: where some rows have found their largest score, others still look for it.
+  // skipped: at first those that were screened out, whose scores nobody knows.
   void weigh(const Call& call, const int32_t* entries, const float* factor, int64_t count,
              uint32_t* skipped) {
     alignas(64) float kept[kDropout > 0.0f ? kStepKeys : 1];
+    const uint32_t every = (1u << count) - 1;
     float largest = 0;
+    uint32_t screened_out = 0;
     for (int64_t row = 0; row < rows; ++row) {
       uint32_t own = 0;
       if (skip < kInfinity) {
-        own = find_skipped<kBlockKeys, kStepBlocks>(skip, state[row], scores + row * kStepKeys, factor,
-                                                    count, largest);
-        skipped_rows += __builtin_popcount(own);
         uint32_t& of_strip = skipped[row / kTileRows];
+        if (row % kTileRows == 0) screened_out = of_strip;
+        if (screened_out == every) {
+          skipped_rows += count;
+          continue;
+        }
+        own = find_skipped<kBlockKeys, kStepBlocks>(skip, state[row], scores + row * kStepKeys, factor,
+                                                    count, screened_out, largest);
+        skipped_rows += __builtin_popcount(own);
         of_strip = row % kTileRows == 0 ? own : of_strip & own;
       }
       if constexpr (kDropout > 0.0f) {
@@ -263,9 +307,14 @@ struct QueryBlock {
     const bool finite = start(call, at_batch, at_head, at_block);
     const int32_t* offset = call.offsets + batch * call.list_batch_stride +
                             head * call.list_head_stride + at_block;
+    // In the first step a row's largest score is not known yet.
+    const bool screens = kCanScreen && skip < kInfinity && offset[1] - offset[0] > kStepBlocks;
+    if constexpr (kCanScreen)
+      if (screens) start_screening(call);
     for (int64_t entry = offset[0]; entry < offset[1]; entry += kStepBlocks) {
       const int64_t left = offset[1] - entry;
-      visit(call, packed, call.blocks + entry, left < kStepBlocks ? left : kStepBlocks);
+      visit(call, packed, call.blocks + entry, left < kStepBlocks ? left : kStepBlocks,
+            screens && entry > offset[0]);
     }
     finish(call);
     return finite;

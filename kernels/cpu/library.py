@@ -106,8 +106,9 @@ def machine_flags() -> tuple[str, ...]:
         return ()
     if capability == "AVX512":
         # By its name: a method of torch.cpu that versions may lack.
-        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return (*_AVX512, "-mavx512bf16") if has_bfloat16() else _AVX512
+        named = {"_is_avx512_bf16_supported": "-mavx512bf16", "_is_vnni_supported": "-mavx512vnni"}
+        has = (flag for name, flag in named.items() if getattr(torch.cpu, name, lambda: False)())
+        return (*_AVX512, *has)
     return _AVX2 if capability == "AVX2" else ()
 
 

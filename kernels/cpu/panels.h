@@ -7,7 +7,7 @@
 #include <atomic>
 
 #include "memory.h"
-#include "pack.h"
+#include "screen.h"
 
 // Whether products of this library are of floats, and whether they are of pairs of bfloat16.
 #if defined(__AVX512BF16__)
@@ -22,6 +22,12 @@ static inline int32_t mode_of(const Call& call, int64_t batch, int64_t head) {
   if (!kOfFloats) return kScoresInBfloat16 | kValuesInBfloat16;
   if (!kOfPairs || !call.modes) return 0;
   return call.modes[batch * call.mode_batch_stride + head * call.mode_head_stride];
+}
+
+// How far below its row's maximum a score of a head is to be left out.
+static inline float skip_of(const Call& call, int64_t batch, int64_t head) {
+  if (!call.skip) return kInfinity;
+  return call.skip[batch * call.skip_batch_stride + head * call.skip_head_stride];
 }
 
 // K or V of some of the key heads, in one of its forms.
@@ -59,6 +65,7 @@ struct PackedKeys {
   using Values = Panels<Word, kBlockKeys / kInWord<Word> * rounded_up(kValueDim, kLanes)>;
 
   int64_t heads, blocks;
+  Panels<uint32_t, kScreenBlockWords> screens;  // of key heads of which a query head skips
   Keys<float> keys;
   Keys<uint32_t> key_pairs;
   Values<float> values;
@@ -75,7 +82,13 @@ struct PackedKeys {
         return false;
       };
     };
-    return keys.make(call, some(kScoresInBfloat16, false)) &&
+    const auto skips = [&call](int64_t batch, int64_t head) {
+      bool any = false;
+      for (int64_t i = head * kGroup; i < (head + 1) * kGroup; ++i)
+        any |= skip_of(call, batch, i) < kInfinity;
+      return kCanScreen && any;
+    };
+    return screens.make(call, skips) && keys.make(call, some(kScoresInBfloat16, false)) &&
            key_pairs.make(call, some(kScoresInBfloat16, true)) &&
            values.make(call, some(kValuesInBfloat16, false)) &&
            value_pairs.make(call, some(kValuesInBfloat16, true));
@@ -90,6 +103,10 @@ struct PackedKeys {
   const Word* values_of(int64_t batch, int64_t head, int64_t block) const {
     if constexpr (std::is_same_v<Word, float>) return values.find(batch * heads + head, block);
     else return value_pairs.find(batch * heads + head, block);
+  }
+
+  const uint32_t* screen_of(int64_t batch, int64_t head, int64_t block) const {
+    return screens.find(batch * heads + head, block);
   }
 
   // Whether all elements are finite.
@@ -110,6 +127,10 @@ struct PackedKeys {
       const int64_t i = batch * heads + head;
       if constexpr (kOfFloats) pack(keys.find(i, block), values.find(i, block));
       if constexpr (kOfPairs) pack(key_pairs.find(i, block), value_pairs.find(i, block));
+      if (uint32_t* words = screens.find(i, block)) {
+        const Forms forms = {keys.find(i, block) != nullptr, key_pairs.find(i, block) != nullptr};
+        screen_keys(from_k, call.k.row_stride, count, forms, words);
+      }
       if (!good) finite.store(false, std::memory_order_relaxed);
     }
     return finite.load();

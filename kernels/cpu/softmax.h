@@ -86,18 +86,22 @@ static inline float weigh_row(RowState& state, const float* scores, const float*
 // largest that the row has met up to now, these scores included. What it keeps thus holds that largest,
 // of weight 1, and each weight that it leaves out is below exp(-skip): of n keys left out the share is at
 // most n exp(-skip). A row that has met no key leaves out nothing, nor a block with a score that is NaN.
-// Each row for itself: what comes later changes nothing before. `largest` is written.
+// Each row for itself: what comes later changes nothing before. Blocks in `known` (as bits) are among
+// them, their scores are not read. `largest` is written.
 template <int kBlock, int kMostBlocks>
 static inline uint32_t find_skipped(float skip, const RowState& state, const float* scores,
-                                    const float* factor, int64_t blocks, float& largest) {
+                                    const float* factor, int64_t blocks, uint32_t known,
+                                    float& largest) {
   float here[kMostBlocks];
   largest = state.largest;
   for (int64_t block = 0; block < blocks; ++block) {
+    if (known >> block & 1) continue;
     here[block] = largest_in_block<kBlock>(scores + block * kBlock, factor[block]);
     if (!(here[block] <= largest)) largest = here[block];
   }
-  uint32_t skipped = 0;
+  uint32_t skipped = known;
   for (int64_t block = 0; block < blocks; ++block) {
+    if (known >> block & 1) continue;
     // A rounded difference is as good as an exact one: no float lies between the two.
     if (!(here[block] < largest - skip)) continue;
     Ints nan = {};
