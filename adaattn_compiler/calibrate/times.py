@@ -20,6 +20,8 @@ from adaattn_compiler.decision import HeadDecision
 _ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 30, 2.0
 # At each site by itself.
 _OWN_ROUNDS, _OWN_SECONDS = 2, 0.5
+# Of its time without skipping a head takes at least so much: counts say little at the ends.
+_LEAST_SHARE = 0.1
 
 Way = Callable[[], object]
 
@@ -76,7 +78,7 @@ def _by_head(
     share = skipped.double() / max(int(skipped.sum()), 1)
     if saved == 0.0 or not bool(share.any()):
         return (together[candidate] / heads,) * heads
-    return tuple((whole / heads - saved * share).tolist())
+    return tuple((whole / heads - saved * share).clamp(min=_LEAST_SHARE * whole / heads).tolist())
 
 
 def least_seconds(

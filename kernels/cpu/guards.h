@@ -8,6 +8,10 @@
 #include "forward.h"
 
 constexpr int64_t kGuardRows = 64;
+// They lie far apart: each is fetched so many before it is read.
+constexpr int64_t kGuardRowsAhead = 8;
+// Heads from which on threads are worth waking.
+constexpr int64_t kGuardedAlone = 16;
 // Root mean square; largest magnitude; the share of the mean square that is the mean row's.
 constexpr int kMeasures = 3;
 
@@ -20,6 +24,7 @@ static void measure(const Tensor& tensor, int64_t batch, int64_t head, int64_t r
   int64_t count = 0;
   for (int64_t row = 0; row < rows; row += step, ++count) {
     const Number* from = row_of(tensor, batch, head, row);
+    fetch<kDim>(from + kGuardRowsAhead * step * tensor.row_stride);
     for (int d = 0; d < kWide; d += kLanes) {
       const Floats x = load_some<kDim>(from, d);
       sums[d / kLanes] += x;
@@ -54,7 +59,8 @@ constexpr int32_t kDemotedFlag = -2;
 // in none. Another one where the head is demoted.
 static void guard(const GuardCall& call) {
   const int64_t kv_heads = call.heads / kGroup;
-#pragma omp parallel for num_threads(call.threads) schedule(static)
+  const int64_t threads = call.batch * call.heads < kGuardedAlone ? 1 : call.threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t item = 0; item < call.batch * kv_heads; ++item) {
     const int64_t batch = item / kv_heads, kv_head = item % kv_heads;
     float found[3][kMeasures];
