@@ -123,7 +123,7 @@ def _of(policy: Policy, site: Site) -> SitePolicy:
 
 
 class Decided:
-    """As compiled graphs call it: both ops, with a state for each site."""
+    """As compiled graphs call it, with a state for each site."""
 
     def __init__(self, sites: list[Site], policy: Policy) -> None:
         self._given: list[tuple[Tensors, torch.Tensor, str]] = []
@@ -134,11 +134,8 @@ class Decided:
             self._given.append((site.tensors, new_state(site.problem.shape.heads), text))
 
     def __call__(self) -> list[torch.Tensor]:
-        ops, out = torch.ops.adaattn, []
-        for tensors, state, plan in self._given:
-            flags = ops.check_envelope(*tensors[:3], state, plan)
-            out.append(ops.attention_as_decided(*tensors, flags, state, plan))
-        return out
+        guarded = torch.ops.adaattn.guarded_attention
+        return [guarded(*tensors, state, plan) for tensors, state, plan in self._given]
 
     def as_decided(self) -> list[list[float]]:
         """The share of all calls up to now that were, by site and head: of the others the time is

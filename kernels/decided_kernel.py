@@ -21,7 +21,7 @@ from adaattn_compiler.policy import Range, SitePolicy
 from adaattn_compiler.spec import EmptyRow, Load
 
 # The ops must be registered wherever the kernel may be chosen.
-OPS = (decided_op.check_envelope, decided_op.attention_as_decided)
+OPS = (decided_op.guarded_attention,)
 
 # The statistic of an envelope that each call's audit is held to, by head; not one of the inputs.
 AUDIT_ERROR = "audit_error"
@@ -78,10 +78,8 @@ class DecidedKernel:
         def attention(
             q_BHMD: Any, k_BGND: Any, v_BGNE: Any, operands: Sequence[Any], sizes: Sizes
         ) -> Any:
-            qkv = (q_BHMD, k_BGND, v_BGNE)
-            flags = torch.ops.adaattn.check_envelope(*qkv, sizes.state, text)
-            return torch.ops.adaattn.attention_as_decided(
-                *qkv, list(operands), list(sizes.params), flags, sizes.state, text
+            return torch.ops.adaattn.guarded_attention(
+                q_BHMD, k_BGND, v_BGNE, list(operands), list(sizes.params), sizes.state, text
             )
 
         return attention

@@ -1,11 +1,14 @@
-"""`adaattn::check_envelope` and `adaattn::attention_as_decided`: a guarded attention, in two ops.
+"""`adaattn::guarded_attention`, and the two ops that it stands for.
 
-The first says for each batch item and head whether it may be computed as decided, the second
-computes it so, or exactly. Plans are text, as in ops.py. `state` (runtime/state.py) is read by the
-first and written by the second. Neither has a gradient: policies are for inference.
+`adaattn::check_envelope` says for each batch item and head whether it may be computed as decided,
+`adaattn::attention_as_decided` computes it so, or exactly. Plans are text, as in ops.py. `state`
+(runtime/state.py) is read by the first and written by the second. None has a gradient: policies are
+for inference.
 
-Of CUDA tensors they are launches and torch functions (kernels/triton/decided.py), which Inductor
-sees in place of the ops, as of a `triton_op`. Of CPU tensors they stay what they are.
+On the CPU graphs have the one: after milliseconds of computing the interpreter's memory is cold,
+and a second op would take half as long as an audit. On CUDA tensors they have the two; both are
+launches and torch functions (kernels/triton/decided.py), which Inductor sees in place of the ops,
+as of a `triton_op`.
 """
 
 from __future__ import annotations
@@ -25,7 +28,15 @@ _ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] params, Tensor flags,"
     " Tensor(a!) state, str plan) -> Tensor"
 )
-for _name, _schema in (("check_envelope", _CHECK), ("attention_as_decided", _ATTENTION)):
+_GUARDED = (
+    "(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] params, Tensor(a!) state,"
+    " str plan) -> Tensor"
+)
+for _name, _schema in (
+    ("check_envelope", _CHECK),
+    ("attention_as_decided", _ATTENTION),
+    ("guarded_attention", _GUARDED),
+):
     torch.library.define(f"adaattn::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
@@ -56,7 +67,30 @@ def attention_as_decided(
 
     Some rows are audited: a head that is too far off there is computed exactly after all.
     """
-    out = decided_runner(plan)(q, k, v, operands, params, flags, state)
+    return _laid_out(decided_runner(plan)(q, k, v, operands, params, flags, state))
+
+
+@torch.library.impl("adaattn::guarded_attention", "CPU")
+def guarded_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    state: torch.Tensor,
+    plan: str,
+) -> torch.Tensor:
+    """`attention_as_decided` with the flags of `check_envelope`; [B,H,M,E], laid out likewise."""
+    runner = decided_runner(plan)
+    flags = runner.check(q, k, v, state)
+    return _laid_out(runner(q, k, v, operands, params, flags, state))
+
+
+def _laid_out(out: torch.Tensor) -> torch.Tensor:
+    """As the fake ops have it: what was computed row by row is not."""
+    _, heads, rows, dim = out.shape
+    if out.stride() == (rows * heads * dim, dim, heads * dim, 1):
+        return out
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -79,6 +113,19 @@ def _fake_attention_as_decided(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
+def _fake_guarded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    params: Sequence[int],
+    state: torch.Tensor,
+    plan: str,
+) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+torch.library.register_fake("adaattn::guarded_attention", _fake_guarded)
 torch.library.register_fake("adaattn::check_envelope", _fake_check)
 torch.library.register_fake("adaattn::attention_as_decided", _fake_attention_as_decided)
 

@@ -75,8 +75,8 @@ def test_the_guard_stands_in_the_graph(tmp_path) -> None:
     policy = policy_for(Seen(model, x))
     run(compiled(model, policy, dump_dir=tmp_path), x)
     (after,) = tmp_path.rglob("*after*")
-    check = FileCheck().check("adaattn_state").check("adaattn.check_envelope")
-    check.check("adaattn.attention_as_decided").run(after.read_text())
+    check = FileCheck().check("adaattn_state").check_count("adaattn.guarded_attention(", 1, True)
+    check.check_not("adaattn.attention(").run(after.read_text())
 
 
 @pytest.mark.parametrize("shift", ["larger", "one-hot", "all alike"])

@@ -273,6 +273,26 @@ def test_the_ops_are_as_torch_wants_them() -> None:
     torch.library.opcheck(torch.ops.adaattn.check_envelope, (*tensors, state, text))
     given = (*tensors, operands, [], flags_of(problem), state, text)
     torch.library.opcheck(torch.ops.adaattn.attention_as_decided, given)
+    given = (*tensors, operands, [], state, text)
+    torch.library.opcheck(torch.ops.adaattn.guarded_attention, given)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_one_op_does_what_the_two_do(outside: bool) -> None:
+    problem = problem_of("gqa")
+    (q, k, v), operands = random_inputs(problem)
+    plan = plan_for(problem)
+    if outside:  # the second head
+        high = tuple(tuple(-1.0 if head == 1 else x for head, x in enumerate(r)) for r in plan.high)
+        plan = dataclasses.replace(plan, high=high)
+    text, ops = plan.serialize(), torch.ops.adaattn
+    states = new_state(4), new_state(4)
+    out = ops.guarded_attention(q, k, v, operands, [], states[0], text)
+    flags = ops.check_envelope(q, k, v, states[1], text)
+    apart = ops.attention_as_decided(q, k, v, operands, [], flags, states[1], text)
+    assert torch.equal(out, apart)
+    assert torch.equal(*states)
+    assert int(states[0][1, Column.LEFT_ENVELOPE]) == (2 if outside else 0)
 
 
 def test_plans_survive_being_written() -> None:
