@@ -1,4 +1,4 @@
-"""What decisions need on a device: numbers by head, and the blocks of keys that heads meet.
+"""What decisions need on a device: numbers and bases by head, and the blocks that heads meet.
 
 Made on the host once for a plan (or a pair of lengths) and kept on the device, so that no call
 waits for the host: the ops here copy on the device what is kept. Where blocks are listed, each row
@@ -59,6 +59,49 @@ def _numbers(plan: str, wide: bool, device: torch.device) -> torch.Tensor:
     skip = [float("inf") if head.skip is None else head.skip for head in decided.heads]
     every = (*rows, found.of_heads, chosen, *found.largest, skip)
     return torch.tensor(every, dtype=torch.float64).to(device)
+
+
+# -- bases -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("adaattn::decided_bases", mutates_args=())
+def decided_bases(like: torch.Tensor, plan: str) -> list[torch.Tensor]:
+    """By rank, in the order of `GpuDecisions.ranks`: the bases of query heads [H,D,rank], 0 where a
+    head has none of that rank, then of key heads [G,D,rank]; of a tensor's type, on its device."""
+    kept = _bases(plan, like.dtype, like.device)
+    return [basis.clone() for basis in kept]
+
+
+@decided_bases.register_fake
+def _fake_bases(like: torch.Tensor, plan: str) -> list[torch.Tensor]:
+    found = decisions_of(plan, is_wide(like))
+    heads, dim = len(found.of_heads), like.shape[-1]
+    counts = (heads, heads // found.attention.made_for.spec.group)
+    return [like.new_empty((count, dim, rank)) for rank in found.ranks for count in counts]
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _bases(plan: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    found = decisions_of(plan, dtype == torch.float32)
+    group = found.attention.made_for.spec.group
+    every = [basis for rank in found.ranks for basis in _of_rank(found, rank, group)]
+    return tuple(basis.to(device, dtype) for basis in every)
+
+
+def _of_rank(found: GpuDecisions, rank: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads that share keys have one basis of a rank, those of them that have any. ValueError."""
+    bases = [head.basis for head in found.plan.heads]
+    own = [basis if basis is not None and basis.rank == rank else None for basis in bases]
+    groups = [set(own[first : first + group]) - {None} for first in range(0, len(own), group)]
+    if any(len(each) > 1 for each in groups):
+        raise ValueError(f"heads that share keys have several bases of rank {rank}")
+    shared = [next(iter(each), None) for each in groups]
+    size = next(basis.tensor().shape for basis in own if basis is not None)
+    of_heads, of_keys = (
+        torch.stack([torch.zeros(size) if basis is None else basis.tensor() for basis in each])
+        for each in (own, shared)
+    )
+    return of_heads, of_keys
 
 
 # -- lists of blocks -------------------------------------------------------------------------------
@@ -140,7 +183,7 @@ def table_shapes(
         shapes |= dict.fromkeys(("tiles", "cut"), (counts, masks))
     elif found.patterned:
         listed("fixed", len(_kinds(found, "pattern")), heads)
-    if found.direct < len(found.ways):
+    if found.pools:
         kinds = len(_kinds(found, "pooling"))
         listed("near", kinds, heads)
         listed("far", kinds, heads, 2)
