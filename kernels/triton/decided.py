@@ -35,14 +35,17 @@ from adaattn_compiler.kernels.triton.decided_tables import (
     SELECTION,
     SKIP,
     WAY,
+    bases_of,
     decided_bases,
     decided_numbers,
     decided_tables,
     is_wide,
     lists_of,
+    numbers_of,
     spread,
     table_shapes,
     tile_counts,
+    without_bases,
 )
 from adaattn_compiler.kernels.triton.launch import Alternative, forward
 from adaattn_compiler.kernels.triton.launch_decode import decode
@@ -66,7 +69,8 @@ def check(
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         inside = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
     else:
-        numbers = decided_numbers(q, plan).to(torch.float32)[:, None]
+        given = decided_numbers(q, numbers_of(plan, is_wide(q)))
+        numbers = given.to(torch.float32)[:, None]
         statistics = guard_statistics(q, k, v)
         inside = ((statistics >= numbers[LOW]) & (statistics <= numbers[HIGH])).all(0)
         inside = inside & _is_small_enough(found, (q, k, v), numbers[LARGEST])
@@ -144,9 +148,9 @@ def attention_as_decided(
         _write(state, noted(state, flags, nothing[..., 0] > 0, nothing, state[:, 0]))
         return out
     shapes = table_shapes(found, rows, columns)
-    made = decided_tables(q, rows, columns, params, plan) if shapes else []
-    numbers = decided_numbers(q, plan)
-    bases = decided_bases(q, plan) if found.ranks else []
+    made = decided_tables(q, rows, columns, params, without_bases(plan)) if shapes else []
+    numbers = decided_numbers(q, numbers_of(plan, found.wide))
+    bases = decided_bases(q, bases_of(plan, found.wide)) if found.ranks else []
     tables = dict(zip(shapes, made, strict=True))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if found.may_be_empty else None
     call = _Call(found, (q, k, v), operands, params, numbers, bases, tables, lse)

@@ -16,7 +16,9 @@ from typing import Any
 import sympy
 import torch
 
-from adaattn_compiler.decision import HeadDecision, Precision
+from torch.utils._python_dispatch import _disable_current_modes
+
+from adaattn_compiler.decision import HeadDecision, KeyBasis, Precision
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.triton.launch import Products, Tiles
@@ -37,6 +39,7 @@ _LARGEST_HALF, _LARGEST = 65504.0, torch.finfo(torch.float32).max
 _LONGEST = 1 << 30
 # More than what rounding adds to a basis and its products.
 _ROUNDED = 1.01
+_KEPT_BASES = 4096
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _largest(head: HeadDecision, part: str, wide: bool) -> float:
     if head.basis is not None and part != "v":
         # So that no product with the basis, of the tensors' type, is infinite.
         largest = _LARGEST_HALF if half or not wide else _LARGEST
-        return largest / max(_ROUNDED * float(head.basis.tensor().abs().sum(0).max()), 1.0)
+        return largest / max(_ROUNDED * _gain(head.basis), 1.0)
     if half:
         return _LARGEST_HALF
     if head.nystrom is not None:  # so that no sum of rows or keys is infinite
@@ -146,6 +149,13 @@ def _largest(head: HeadDecision, part: str, wide: bool) -> float:
     if part != "q" and (is_sparse(head) or head.skip is not None):
         return _LARGEST
     return math.inf
+
+
+@functools.lru_cache(maxsize=_KEPT_BASES)
+def _gain(basis: KeyBasis) -> float:
+    """By how much the largest magnitude of a row may grow in a basis."""
+    with _disable_current_modes():  # while torch traces an op, too, it is made of numbers
+        return float(basis.tensor().abs().sum(0).max())
 
 
 @functools.cache
