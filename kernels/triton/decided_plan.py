@@ -15,7 +15,6 @@ from typing import Any
 
 import sympy
 import torch
-
 from torch.utils._python_dispatch import _disable_current_modes
 
 from adaattn_compiler.decision import HeadDecision, KeyBasis, Precision
@@ -57,6 +56,10 @@ class Way:
     def direct(self) -> bool:
         """Whether q, k and v are what is met."""
         return not (self.pooled or self.rank or self.landmarks)
+
+    def place(self) -> tuple[int, int, int, str]:
+        """By which ways are in order, the direct ones first."""
+        return self.pooled, self.landmarks, self.rank, str(self.products)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def decisions_of(plan: str, wide: bool) -> GpuDecisions:
     exact = Way(Products(attention.precision, attention.precision))
     heads = [_way(head, wide, exact) for head in found.heads]
     every = {way for way in heads if way is not None}
-    ways = sorted(every, key=lambda way: (not way.direct, way.pooled, str(way)))
+    ways = sorted(every, key=Way.place)
     of_heads = tuple(0 if way is None else 1 + ways.index(way) for way in heads)
     return GpuDecisions(found, attention, audit, tuple(ways), of_heads, wide)
 

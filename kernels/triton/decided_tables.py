@@ -59,7 +59,7 @@ def _numbers(numbers: str, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=_KEPT_PLANS)
 def numbers_of(plan: str, wide: bool) -> str:
-    """As JSON, for tensors that are float32 or not: shorter than a plan, as each call hands it on."""
+    """As JSON, for tensors that are float32 or not: shorter than a plan; each call hands it on."""
     found = decisions_of(plan, wide)
     decided = found.plan
     chosen = [
