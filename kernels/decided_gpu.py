@@ -14,9 +14,14 @@ from adaattn_compiler.kernels import decided_op
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR, bounds_by_head, envelope_refusal
 from adaattn_compiler.kernels.envelope import names
-from adaattn_compiler.kernels.low_rank import pooling_refusal
+from adaattn_compiler.kernels.low_rank import low_rank_refusal
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
-from adaattn_compiler.kernels.triton.decided_plan import base_of, decisions_of, is_sparse
+from adaattn_compiler.kernels.triton.decided_plan import (
+    base_of,
+    decisions_of,
+    is_low_rank,
+    is_sparse,
+)
 from adaattn_compiler.kernels.triton.kernel import TritonKernel
 from adaattn_compiler.kernels.triton.launch import Tiles
 from adaattn_compiler.kernels.triton.plan import FEW_ROWS, tiles_for
@@ -28,7 +33,7 @@ from adaattn_compiler.target import DeviceTarget
 OPS = (decided_op.check_envelope, decided_op.attention_as_decided)
 
 # What of a head's decision is known here; a policy that says more is not for these kernels.
-_KNOWN = {"pattern", "selection", "pooling", "scores", "values", "skip"}
+_KNOWN = {"pattern", "selection", "pooling", "nystrom", "basis", "scores", "values", "skip"}
 
 
 @dataclass(frozen=True)
@@ -115,15 +120,20 @@ def decision_refusal(
         return "rows that may be without a key, and then not 0, cannot be audited"
     if any(map(is_sparse, heads)) and spec.mask.has(Load):
         return "the mask depends on the input: a pattern might leave a row without a key"
-    if any(head.pooling for head in heads) and (refused := pooling_refusal(spec)):
+    if refused := low_rank_refusal(problem, heads):
         return refused
-    if any(head.pooling and head.skip for head in heads):
+    if any((head.pooling or head.nystrom) and head.skip for head in heads):
         return "no kernel of ours skips blocks beside means on GPUs"
-    if not wide(problem) and not any(is_sparse(head) or head.skip for head in heads):
+    if not wide(problem) and not any(map(_saves_work, heads)):
         return f"{problem.dtype} is multiplied as it is: nothing in the policy is faster on GPUs"
     if tiles_by_decision(problem, heads, target) is None:
         return f"no tile of head dimension {problem.shape.head_dim} holds the keys of a mean"
     return None
+
+
+def _saves_work(head: HeadDecision) -> bool:
+    """Whether a head does less than all products, whatever their precision."""
+    return is_sparse(head) or is_low_rank(head) or head.skip is not None
 
 
 def _unknown(head: HeadDecision) -> list[str]:

@@ -31,7 +31,7 @@ def pseudo_inverse(weights: torch.Tensor) -> torch.Tensor:
     are not small; finite for rows that sum to 1."""
     largest = weights.abs().sum(-1).amax(-1) * weights.abs().sum(-2).amax(-1)
     found = weights.mT / largest[..., None, None]
-    one = torch.eye(weights.shape[-2], dtype=weights.dtype)
+    one = torch.eye(weights.shape[-2], dtype=weights.dtype, device=weights.device)
     for _ in range(_ITERATIONS):
         product = weights @ found
         inner = 7 * one - product

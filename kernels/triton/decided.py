@@ -14,6 +14,7 @@ The functions do not ask for the device: they run on CPU tensors in Triton's int
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ import torch
 
 from adaattn_compiler.kernels.envelope import guard_statistics
 from adaattn_compiler.kernels.selection import selected_blocks
+from adaattn_compiler.kernels.triton.decided_parts import through_landmarks, turned
 from adaattn_compiler.kernels.triton.decided_plan import GpuDecisions, Way, decisions_of
 from adaattn_compiler.kernels.triton.decided_state import AS_DECIDED, DEMOTED, FAILED_AUDIT, noted
 from adaattn_compiler.kernels.triton.decided_tables import (
@@ -33,13 +35,17 @@ from adaattn_compiler.kernels.triton.decided_tables import (
     SELECTION,
     SKIP,
     WAY,
+    bases_of,
+    decided_bases,
     decided_numbers,
     decided_tables,
     is_wide,
     lists_of,
+    numbers_of,
     spread,
     table_shapes,
     tile_counts,
+    without_bases,
 )
 from adaattn_compiler.kernels.triton.launch import Alternative, forward
 from adaattn_compiler.kernels.triton.launch_decode import decode
@@ -63,7 +69,8 @@ def check(
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         inside = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
     else:
-        numbers = decided_numbers(q, plan).to(torch.float32)[:, None]
+        given = decided_numbers(q, numbers_of(plan, is_wide(q)))
+        numbers = given.to(torch.float32)[:, None]
         statistics = guard_statistics(q, k, v)
         inside = ((statistics >= numbers[LOW]) & (statistics <= numbers[HIGH])).all(0)
         inside = inside & _is_small_enough(found, (q, k, v), numbers[LARGEST])
@@ -89,7 +96,7 @@ def _is_small_enough(
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call is given, with the plan's numbers [26,H] and tables by name.
+    """What a call is given, with the plan's numbers [26,H], bases, and tables by name.
 
     lse: [B,H,M], to be written, where rows may lose all keys.
     """
@@ -99,6 +106,7 @@ class _Call:
     operands: Sequence[torch.Tensor]
     params: Sequence[int]
     numbers: torch.Tensor
+    bases: Sequence[torch.Tensor]
     tables: Mapping[str, torch.Tensor]
     lse: torch.Tensor | None
 
@@ -140,15 +148,16 @@ def attention_as_decided(
         _write(state, noted(state, flags, nothing[..., 0] > 0, nothing, state[:, 0]))
         return out
     shapes = table_shapes(found, rows, columns)
-    made = decided_tables(q, rows, columns, params, plan) if shapes else []
-    numbers = decided_numbers(q, plan)
+    made = decided_tables(q, rows, columns, params, without_bases(plan)) if shapes else []
+    numbers = decided_numbers(q, numbers_of(plan, found.wide))
+    bases = decided_bases(q, bases_of(plan, found.wide)) if found.ranks else []
     tables = dict(zip(shapes, made, strict=True))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if found.may_be_empty else None
-    call = _Call(found, (q, k, v), operands, params, numbers, tables, lse)
+    call = _Call(found, (q, k, v), operands, params, numbers, bases, tables, lse)
     tried = flags == AS_DECIDED
     theirs = _blocks(call)
-    out = _computed(call, theirs, tried)
-    off, counted, sums = _judged(call, out, tried, state)
+    out, lost = _computed(call, theirs, tried)
+    off, counted, sums = _judged(call, out, tried, state, lost)
     if off is not None:
         flags = torch.where(off, FAILED_AUDIT, flags).to(torch.int32)
         _first(call, theirs, torch.where(off, 0, -1), out)
@@ -170,20 +179,30 @@ def _write(state: torch.Tensor, columns: torch.Tensor) -> None:
 # -- launches --------------------------------------------------------------------------------------
 
 
-def _computed(call: _Call, theirs: BlockTable | None, tried: torch.Tensor) -> torch.Tensor:
-    """The output of all heads; theirs: the blocks of those without means, as decided."""
-    found = call.found
+def _computed(
+    call: _Call, theirs: BlockTable | None, tried: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the output of all heads, which of them are not to be used, [B,H], None: nothing tells);
+    theirs: the blocks of those without means, as decided."""
+    found, lost = call.found, None
     way = torch.where(tried, call.numbers[WAY], 0.0)
-    # Those that are exact go with the heads of the first way, if that is without means.
+    # Those that are exact go with the heads of the first way, if that is direct.
     taken = 1 if found.direct else -1
     out = _first(call, theirs, torch.where(way == 0, 0, torch.where(way == 1, taken, -1)), None)
     for number, each in enumerate(found.ways, 1):
         flags = torch.where(way == number, 1, -1).to(torch.int32)
+        alternative = Alternative(flags, theirs, each.products, call.skip)
         if each.pooled:
             _pooled(call, each, flags, out)
+        elif each.landmarks:
+            heads = [head for head, own in enumerate(found.of_heads) if own == number]
+            its = through_landmarks(found.attention, call.qkv, each, heads, flags, out)
+            lost = its if lost is None else lost | its
+        elif each.rank:
+            _direct(_in_basis(call, each.rank), alternative, out)
         elif number > 1:
-            _direct(call, Alternative(flags, theirs, each.products, call.skip), out)
-    return out
+            _direct(call, alternative, out)
+    return out, lost
 
 
 def _first(
@@ -212,6 +231,13 @@ def _direct(call: _Call, alternative: Alternative, out: torch.Tensor | None) -> 
         alternative=alternative,
         out=out,
     )
+
+
+def _in_basis(call: _Call, rank: int) -> _Call:
+    """The same with queries and keys in the heads' bases of a rank."""
+    first = 2 * call.found.ranks.index(rank)
+    (of_heads, of_keys), (q, k, v) = call.bases[first : first + 2], call.qkv
+    return dataclasses.replace(call, qkv=(turned(q, of_heads), turned(k, of_keys), v))
 
 
 def _pooled(call: _Call, way: Way, flags: torch.Tensor, out: torch.Tensor) -> None:
@@ -262,21 +288,26 @@ def _judged(
     out: torch.Tensor,
     tried: torch.Tensor,
     state: torch.Tensor,
+    lost: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """(which heads are off, [B,H], None: nothing tells; whose sums count; sums [B,H,2])."""
+    """(which heads are off, [B,H], None: nothing tells; whose sums count; sums [B,H,2]); lost: as
+    `_computed` has it."""
     apart = tried & (call.numbers[WAY] > 0)
-    empty = None if call.lse is None else apart & torch.isneginf(call.lse).any(-1)
+    if call.lse is not None:
+        empty = torch.isneginf(call.lse).any(-1)
+        lost = empty if lost is None else lost | empty
+    lost = None if lost is None else apart & lost
     nothing = torch.zeros((*tried.shape, 2), dtype=torch.float64, device=tried.device)
     if not call.found.plan.rows:
-        return empty, torch.zeros_like(tried), nothing
+        return lost, torch.zeros_like(tried), nothing
     at = audited_rows(state, call.qkv[0].shape[2], call.found.plan.rows)
     sums = _sums(call, out, at)
     finite = sums.isfinite().all(-1)
     errors = (sums[..., 0] / sums[..., 1].clamp(min=_LEAST_SUM)).sqrt()
     off = apart & ~(errors <= call.numbers[LIMIT])
     counted = tried & finite
-    if empty is not None:
-        off, counted = off | empty, counted & ~empty
+    if lost is not None:
+        off, counted = off | lost, counted & ~lost
     return off, counted, torch.where(counted[..., None], sums, nothing)
 
 

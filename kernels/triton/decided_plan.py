@@ -1,7 +1,8 @@
 """What one site's decisions are on a GPU: in which ways heads are computed, and by which kernels.
 
-A launch has one pair of products and one size of means: heads that differ there go in launches of
-their own, over the same output. Which blocks of keys they meet differs by head inside of one.
+A launch has one pair of products, one size of means, one rank or number of landmarks: heads that
+differ there go in launches of their own, over the same output. Which blocks of keys they meet
+differs by head inside of one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 import sympy
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from adaattn_compiler.decision import HeadDecision, Precision
+from adaattn_compiler.decision import HeadDecision, KeyBasis, Precision
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.triton.launch import Products, Tiles
@@ -31,16 +33,33 @@ _PRODUCTS = {
     Precision.BF16: "bf16",
     Precision.FP16: "fp16",
 }
-_LARGEST_HALF = 65504.0
+_LARGEST_HALF, _LARGEST = 65504.0, torch.finfo(torch.float32).max
+# No mean is of more rows or keys (kernel.py has the same).
+_LONGEST = 1 << 30
+# More than what rounding adds to a basis and its products.
+_ROUNDED = 1.01
+_KEPT_BASES = 4096
 
 
 @dataclass(frozen=True)
 class Way:
-    """How heads are computed that are not exact: their products, and of how many keys the means
-    are that stand for what is far (0: every key for itself)."""
+    """How heads are computed that are not exact: by which products, and by at most one of: of how
+    many keys the means are that stand for what is far, in how many dimensions scores are taken
+    (KeyBasis), and through how many landmarks (Nystrom). 0: of all keys as they are."""
 
     products: Products
     pooled: int = 0
+    rank: int = 0
+    landmarks: int = 0
+
+    @property
+    def direct(self) -> bool:
+        """Whether q, k and v are what is met."""
+        return not (self.pooled or self.rank or self.landmarks)
+
+    def place(self) -> tuple[int, int, int, str]:
+        """By which ways are in order, the direct ones first."""
+        return self.pooled, self.landmarks, self.rank, str(self.products)
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,8 @@ class GpuDecisions:
     """A plan by decisions, of tensors of one width.
 
     attention: the kernel of all heads. audit: that of a few rows, which stand anywhere (`audited`).
-    ways: first those without means. of_heads: by head the number of its way, from 1; 0: exactly.
+    ways: first the direct ones. of_heads: by head the number of its way, from 1; 0: exactly. wide:
+    whether the tensors are float32.
     """
 
     plan: DecidedPlan
@@ -56,15 +76,26 @@ class GpuDecisions:
     audit: TritonPlan
     ways: tuple[Way, ...]
     of_heads: tuple[int, ...]
+    wide: bool
 
     @property
     def direct(self) -> int:
-        """How many of the ways are without means."""
-        return sum(way.pooled == 0 for way in self.ways)
+        """How many of the ways are direct."""
+        return sum(way.direct for way in self.ways)
+
+    @property
+    def pools(self) -> bool:
+        """Whether means stand for what is far in one of them."""
+        return any(way.pooled for way in self.ways)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of the bases in which scores are taken, each once."""
+        return tuple(sorted({way.rank for way in self.ways} - {0}))
 
     @property
     def patterned(self) -> bool:
-        """Whether a head of those has blocks of its own in every call."""
+        """Whether a head has blocks of its own in every call."""
         return any(head.pattern for head in self.plan.heads)
 
     @property
@@ -87,7 +118,9 @@ class GpuDecisions:
     def largest(self) -> tuple[tuple[float, ...], ...]:
         """The largest magnitude of q, k and v, by head, that it is computed with; infinite where
         any will do: where what is not finite shows in the result as it does in the exact one."""
-        return tuple(tuple(_largest(head, part) for head in self._heads) for part in "qkv")
+        return tuple(
+            tuple(_largest(head, part, self.wide) for head in self._heads) for part in "qkv"
+        )
 
     @property
     def _heads(self) -> tuple[HeadDecision, ...]:
@@ -101,13 +134,31 @@ def is_sparse(head: HeadDecision) -> bool:
     return any(part is not None for part in (head.pattern, head.selection, head.pooling))
 
 
-def _largest(head: HeadDecision, part: str) -> float:
-    rounded = head.values if part == "v" else head.scores
-    if rounded == Precision.FP16:
+def is_low_rank(head: HeadDecision) -> bool:
+    """Whether a head's scores are of other rows or keys than those that there are."""
+    return any(part is not None for part in (head.pooling, head.nystrom, head.basis))
+
+
+def _largest(head: HeadDecision, part: str, wide: bool) -> float:
+    half = (head.values if part == "v" else head.scores) == Precision.FP16
+    if head.basis is not None and part != "v":
+        # So that no product with the basis, of the tensors' type, is infinite.
+        largest = _LARGEST_HALF if half or not wide else _LARGEST
+        return largest / max(_ROUNDED * _gain(head.basis), 1.0)
+    if half:
         return _LARGEST_HALF
+    if head.nystrom is not None:  # so that no sum of rows or keys is infinite
+        return _LARGEST / _LONGEST
     if part != "q" and (is_sparse(head) or head.skip is not None):
-        return torch.finfo(torch.float32).max
+        return _LARGEST
     return math.inf
+
+
+@functools.lru_cache(maxsize=_KEPT_BASES)
+def _gain(basis: KeyBasis) -> float:
+    """By how much the largest magnitude of a row may grow in a basis."""
+    with _disable_current_modes():  # while torch traces an op, too, it is made of numbers
+        return float(basis.tensor().abs().sum(0).max())
 
 
 @functools.cache
@@ -120,9 +171,10 @@ def decisions_of(plan: str, wide: bool) -> GpuDecisions:
     attention, audit = map(TritonPlan.deserialize, texts)
     exact = Way(Products(attention.precision, attention.precision))
     heads = [_way(head, wide, exact) for head in found.heads]
-    ways = sorted({way for way in heads if way is not None}, key=lambda way: (way.pooled, str(way)))
+    every = {way for way in heads if way is not None}
+    ways = sorted(every, key=Way.place)
     of_heads = tuple(0 if way is None else 1 + ways.index(way) for way in heads)
-    return GpuDecisions(found, attention, audit, tuple(ways), of_heads)
+    return GpuDecisions(found, attention, audit, tuple(ways), of_heads, wide)
 
 
 def _way(head: HeadDecision, wide: bool, exact: Way) -> Way | None:
@@ -132,7 +184,12 @@ def _way(head: HeadDecision, wide: bool, exact: Way) -> Way | None:
         pairs = ((head.scores, products.qk), (head.values, products.pv))
         own = (whole if p == Precision.FP32 else _PRODUCTS[p] for p, whole in pairs)
         products = Products(*own)
-    way = Way(products, 0 if head.pooling is None else head.pooling.keys)
+    way = Way(
+        products,
+        0 if head.pooling is None else head.pooling.keys,
+        0 if head.basis is None else head.basis.rank,
+        0 if head.nystrom is None else head.nystrom.landmarks,
+    )
     return way if is_sparse(head) or head.skip is not None or way != exact else None
 
 

@@ -1,4 +1,4 @@
-"""What decisions need on a device: numbers by head, and the blocks of keys that heads meet.
+"""What decisions need on a device: numbers and bases by head, and the blocks that heads meet.
 
 Made on the host once for a plan (or a pair of lengths) and kept on the device, so that no call
 waits for the host: the ops here copy on the device what is kept. Where blocks are listed, each row
@@ -7,14 +7,17 @@ of blocks has room for all of them, so that shapes follow from the lengths, what
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from adaattn_compiler.decision import BLOCK, HeadDecision
+from adaattn_compiler.decision import BLOCK, HeadDecision, KeyBasis
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
+from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.patterns import kept_blocks, pattern_blocks, sees_itself
 from adaattn_compiler.kernels.triton.decided_plan import GpuDecisions, decisions_of
 from adaattn_compiler.kernels.triton.launch_lowrank import FarTable
@@ -22,6 +25,8 @@ from adaattn_compiler.kernels.triton.tables import BlockTable
 
 # Plans, and lengths of plans, that are kept: each some kilobytes, some megabytes.
 _KEPT_NUMBERS, _KEPT_TABLES = 4096, 1024
+# Plans that were read; they are while a graph is traced.
+_KEPT_PLANS = 256
 
 # Rows of what `decided_numbers` gives, as slices; each has a column by head.
 LOW, HIGH = slice(0, 9), slice(9, 18)
@@ -36,19 +41,25 @@ def is_wide(tensor: torch.Tensor) -> bool:
 
 
 @torch.library.custom_op("adaattn::decided_numbers", mutates_args=())
-def decided_numbers(like: torch.Tensor, plan: str) -> torch.Tensor:
-    """A plan's numbers, float64 [26,H], on the device of a tensor: rows as they are named above."""
-    return _numbers(plan, is_wide(like), like.device).clone()
+def decided_numbers(like: torch.Tensor, numbers: str) -> torch.Tensor:
+    """A plan's numbers (`numbers_of`), float64 [26,H], on the device of a tensor: rows as they are
+    named above."""
+    return _numbers(numbers, like.device).clone()
 
 
 @decided_numbers.register_fake
-def _fake_numbers(like: torch.Tensor, plan: str) -> torch.Tensor:
-    heads = len(decisions_of(plan, is_wide(like)).of_heads)
-    return like.new_empty((_ROWS, heads), dtype=torch.float64)
+def _fake_numbers(like: torch.Tensor, numbers: str) -> torch.Tensor:
+    return like.new_empty((_ROWS, len(json.loads(numbers)[0])), dtype=torch.float64)
 
 
 @functools.lru_cache(maxsize=_KEPT_NUMBERS)
-def _numbers(plan: str, wide: bool, device: torch.device) -> torch.Tensor:
+def _numbers(numbers: str, device: torch.device) -> torch.Tensor:
+    return torch.tensor(json.loads(numbers), dtype=torch.float64).to(device)
+
+
+@functools.lru_cache(maxsize=_KEPT_PLANS)
+def numbers_of(plan: str, wide: bool) -> str:
+    """As JSON, for tensors that are float32 or not: shorter than a plan; each call hands it on."""
     found = decisions_of(plan, wide)
     decided = found.plan
     chosen = [
@@ -57,8 +68,69 @@ def _numbers(plan: str, wide: bool, device: torch.device) -> torch.Tensor:
     ]
     rows = (*decided.low, *decided.high, decided.limit, decided.budgets)
     skip = [float("inf") if head.skip is None else head.skip for head in decided.heads]
-    every = (*rows, found.of_heads, chosen, *found.largest, skip)
-    return torch.tensor(every, dtype=torch.float64).to(device)
+    return json.dumps((*rows, found.of_heads, chosen, *found.largest, skip))
+
+
+# -- bases -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("adaattn::decided_bases", mutates_args=())
+def decided_bases(like: torch.Tensor, bases: str) -> list[torch.Tensor]:
+    """A plan's bases (`bases_of`) by rank, ascending: of query heads [H,D,rank], 0 where a head has
+    none of that rank, and of key heads [G,D,rank]; of a tensor's type, on its device."""
+    kept = _bases(bases, like.dtype, like.device)
+    return [basis.clone() for basis in kept]
+
+
+@decided_bases.register_fake
+def _fake_bases(like: torch.Tensor, bases: str) -> list[torch.Tensor]:
+    return [
+        like.new_empty((len(places), like.shape[-1], rank))
+        for rank, of_heads, of_keys, _ in json.loads(bases)
+        for places in (of_heads, of_keys)
+    ]
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _bases(bases: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    made = []
+    for rank, of_heads, of_keys, matrices in json.loads(bases):
+        each = [KeyBasis(rank, matrix).tensor() for matrix in matrices]
+        every = torch.stack([*each, torch.zeros_like(each[0])])  # the last one: none
+        made += [every[places].to(device, dtype) for places in (of_heads, of_keys)]
+    return tuple(made)
+
+
+@functools.lru_cache(maxsize=_KEPT_PLANS)
+def bases_of(plan: str, wide: bool) -> str:
+    """As JSON: for each rank (rank, places of query heads, places of key heads, matrices, each
+    once). Heads that share keys have one basis, those of them that have any; else ValueError."""
+    found = decisions_of(plan, wide)
+    group = found.attention.made_for.spec.group
+    every = []
+    for rank in found.ranks:
+        bases = [_of_rank(head, rank) for head in found.plan.heads]
+        matrices = list(dict.fromkeys(matrix for matrix in bases if matrix is not None))
+        places = [-1 if matrix is None else matrices.index(matrix) for matrix in bases]
+        groups = [set(places[i : i + group]) - {-1} for i in range(0, len(places), group)]
+        if any(len(each) > 1 for each in groups):
+            raise ValueError(f"heads that share keys have several bases of rank {rank}")
+        every.append((rank, places, [max(each, default=-1) for each in groups], matrices))
+    return json.dumps(every)
+
+
+def _of_rank(head: HeadDecision, rank: int) -> str | None:
+    return head.basis.matrix if head.basis is not None and head.basis.rank == rank else None
+
+
+@functools.lru_cache(maxsize=_KEPT_PLANS)
+def without_bases(plan: str) -> str:
+    """The plan as far as its tables go: with bases it is long, and each call hands it on."""
+    found = DecidedPlan.deserialize(plan)
+    if all(head.basis is None for head in found.heads):
+        return plan
+    heads = tuple(dataclasses.replace(head, basis=None) for head in found.heads)
+    return dataclasses.replace(found, heads=heads).serialize()
 
 
 # -- lists of blocks -------------------------------------------------------------------------------
@@ -98,7 +170,8 @@ def tile_counts(found: GpuDecisions, rows: int, columns: int) -> tuple[int, int]
 def decided_tables(
     like: torch.Tensor, rows: int, columns: int, params: Sequence[int], plan: str
 ) -> list[torch.Tensor]:
-    """The tables of M rows and N keys on the device of a tensor, in the order of `table_shapes`."""
+    """The tables of M rows and N keys on the device of a tensor, in the order of `table_shapes`, of
+    a plan `without_bases`."""
     kept = _tables(plan, is_wide(like), (rows, columns), tuple(params), like.device)
     return [table.clone() for table in kept]
 
@@ -140,7 +213,7 @@ def table_shapes(
         shapes |= dict.fromkeys(("tiles", "cut"), (counts, masks))
     elif found.patterned:
         listed("fixed", len(_kinds(found, "pattern")), heads)
-    if found.direct < len(found.ways):
+    if found.pools:
         kinds = len(_kinds(found, "pooling"))
         listed("near", kinds, heads)
         listed("far", kinds, heads, 2)

@@ -16,6 +16,8 @@ from torch.testing import FileCheck
 from adaattn_compiler.decision import (
     EXACT,
     HeadDecision,
+    KeyBasis,
+    Nystrom,
     Pattern,
     Pooling,
     Precision,
@@ -31,6 +33,9 @@ ANTIDIAGONAL = HeadDecision(selection=Selection(0.9, "antidiagonal"))
 MEANS = HeadDecision(pooling=Pooling(Pattern(128), 16))
 BF16 = HeadDecision(scores=Precision.BF16, values=Precision.BF16)
 SKIP = HeadDecision(skip=8.0)
+IN_BASIS = HeadDecision(basis=KeyBasis.of(torch.eye(64)[:, :32]))
+IN_SMALL_BASIS = HeadDecision(basis=KeyBasis.of(torch.eye(64)[:, :24]), skip=8.0)
+LANDMARKS = HeadDecision(nystrom=Nystrom(64))
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 TF32 = HeadDecision(scores=Precision.TF32, values=Precision.TF32)
@@ -40,6 +45,10 @@ AUDIT = ["fused_decode", "combine_splits"]
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def bidirectional(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 def inputs(
@@ -79,7 +88,24 @@ CASES: dict[str, tuple[Sequence[HeadDecision], Any, list[str]]] = {
         lambda: inputs(torch.float32),
         [MIXED, MIXED, *AUDIT, MIXED],
     ),
+    "bases": (
+        (IN_BASIS, dataclasses.replace(IN_BASIS, pattern=Pattern(128)), EXACT, IN_SMALL_BASIS),
+        inputs,
+        [FORWARD, MIXED, MIXED, *AUDIT, FORWARD],
+    ),
+    "landmarks": (
+        (LANDMARKS, WINDOW, LANDMARKS, EXACT),
+        lambda: inputs(groups=2, rows=500),
+        [MIXED, FORWARD, FORWARD, AUDIT[0], MIXED],
+    ),
+    "landmarks and bases": (
+        (LANDMARKS, dataclasses.replace(BF16, nystrom=Nystrom(16)), EXACT, IN_BASIS),
+        lambda: inputs(torch.float32),
+        [FORWARD, MIXED, *4 * [FORWARD], *AUDIT, FORWARD],
+    ),
 }
+# Of those that need one without a mask.
+FUNCTIONS = dict.fromkeys(("landmarks", "landmarks and bases"), bidirectional)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -90,7 +116,7 @@ def test_site_becomes_launches_that_compile(
     heads, make, launched = CASES[name]
     target = TARGETS["A100" if capability == 80 else "H100"]
     monkeypatch.setattr(decide, "target_here", lambda: target)
-    found = taken(heads, make)
+    found = taken(heads, make, FUNCTIONS.get(name, causal))
     assert [site.reason for site in found.sites] == [None]
     assert found.sites[0].decision.count(" x ") == len(set(heads))
     check = FileCheck().check_count("adaattn.check_envelope](", 1, exactly=True)
@@ -106,10 +132,10 @@ def test_site_becomes_launches_that_compile(
 WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "_assert", "device_put")
 
 
-@pytest.mark.parametrize("name", ["all kinds", "products", "chosen"])
+@pytest.mark.parametrize("name", ["all kinds", "products", "chosen", "landmarks and bases"])
 def test_nothing_waits_for_the_device(name: str) -> None:
     heads, make, _ = CASES[name]
-    found = taken(heads, make)
+    found = taken(heads, make, FUNCTIONS.get(name, causal))
     targets = [str(node.target) for graph in found.graphs for node in graph.graph.nodes]
     assert [target for target in targets if any(word in target for word in WAITING)] == []
     assert any("decided_numbers" in target for target in targets)
@@ -123,6 +149,23 @@ def test_lengths_at_run_time_take_the_same_launches() -> None:
     assert found.sites[0].decision.count(" x ") == 4
     assert [launch.name for launch in found.launches] == [MIXED, LOWRANK, *AUDIT, MIXED]
     assert not isinstance(found.launches[0].arguments["M"], int)
+
+
+def test_landmarks_and_bases_of_lengths_at_run_time() -> None:
+    """One graph for all lengths above the number of landmarks."""
+    heads = (LANDMARKS, EXACT, LANDMARKS, IN_BASIS)
+    with fake_gpu(), torch.no_grad():
+        found = captured_as_decided(bidirectional, *inputs(), heads=heads, dynamic=True)
+    launched = [FORWARD, MIXED, FORWARD, FORWARD, *AUDIT, FORWARD]
+    assert [launch.name for launch in found.launches] == launched
+    placeholders = found.graphs[0].graph.find_nodes(op="placeholder")
+    given = [node.meta["val"] for node in placeholders]
+    q = next(each for each in given if isinstance(each, torch.Tensor))
+    batch, _, length, _ = q.shape
+    guards = [guard.expr for guard in q.fake_mode.shape_env.guards]
+    for rows in (66, 128, 500, 513, 4096, 65000):
+        sizes = {batch.node.expr: 2, length.node.expr: rows}
+        assert not [guard for guard in guards if guard.subs(sizes) == False]  # noqa: E712
 
 
 def test_the_state_is_written_in_place() -> None:

@@ -5,13 +5,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
-import sympy
 import torch
 from check import assert_as_accurate
+from decided_on_gpu import (
+    HALF,
+    LENGTH,
+    LONGER,
+    PARTS,
+    WHOLE,
+    WINDOW,
+    assert_right,
+    by_blocks,
+    exactly,
+    flags_in,
+    gpu_plan,
+    kept_by,
+    last_rows,
+    problem_named,
+    through,
+)
 from decided_plans import flags_of, plan_for
-from specs import problem_of, random_inputs
+from specs import random_inputs
 
 from adaattn_compiler.decision import (
     BLOCK,
@@ -34,12 +51,12 @@ from adaattn_compiler.kernels.reference import (
     reference_attention,
     skipping_attention,
 )
-from adaattn_compiler.kernels.selection import selected_blocks
 from adaattn_compiler.kernels.triton.decided import attention_as_decided, audited_rows, check
-from adaattn_compiler.kernels.triton.decided_plan import base_of, decisions_of
+from adaattn_compiler.kernels.triton.decided_plan import decisions_of
 from adaattn_compiler.kernels.triton.decided_state import noted
 from adaattn_compiler.kernels.triton.decided_tables import (
     lists_of,
+    numbers_of,
     spread,
     table_shapes,
     tables_by_name,
@@ -47,15 +64,7 @@ from adaattn_compiler.kernels.triton.decided_tables import (
 from adaattn_compiler.kernels.triton.launch import Tiles
 from adaattn_compiler.kernels.triton.launch_lowrank import pooled
 from adaattn_compiler.runtime.state import Column, head_stats, new_state
-from adaattn_compiler.spec import Load, OperandSpec, b, h
-from adaattn_compiler.spec import k as key
-from adaattn_compiler.spec import q as row
-from adaattn_compiler.target import TARGETS
 
-LENGTH = 150
-WHOLE, PARTS = Tiles(64, 64), Tiles(32, 32)
-WINDOW = HeadDecision(pattern=Pattern(0))
-HALF = HeadDecision(scores=Precision.FP16, values=Precision.FP16)
 HALF_WINDOW = dataclasses.replace(HALF, pattern=Pattern(0))
 CHOSEN = HeadDecision(selection=Selection(0.4, window=0, sinks=0))
 ANTIDIAGONAL = HeadDecision(selection=Selection(0.4, "antidiagonal", 0, 0))
@@ -64,108 +73,24 @@ MIXED = (EXACT, WINDOW, HALF, HALF_WINDOW)
 WINDOWS = (EXACT, WINDOW, EXACT, WINDOW)
 
 
-def problem_named(name: str, dtype: torch.dtype = torch.float32, rows: int = LENGTH) -> Problem:
-    problem = problem_of(name, dtype, rows=rows, columns=LENGTH)
-    sizes = {90: LENGTH, 179: 2 * LENGTH - 1}
-    shapes = tuple(tuple(sizes.get(n, n) for n in shape) for shape in problem.operand_shapes)
-    return dataclasses.replace(problem, operand_shapes=shapes)
-
-
-def gpu_plan(
-    problem: Problem,
-    heads: tuple[HeadDecision, ...] = MIXED,
-    tiles: Tiles = WHOLE,
-    **fields: object,
-) -> DecidedPlan:
-    """What no guard stops, but for what `fields` say."""
-    dtypes = tuple(operand.dtype for operand in random_inputs(problem)[1])
-    on_gpu = dataclasses.replace(problem, device="cuda", operand_dtypes=dtypes)
-    base = base_of(on_gpu, tiles, TARGETS["H100"], 4)
-    return plan_for(problem, heads, **{"base": base, "rows": 0, **fields})
-
-
-def through(
-    problem: Problem,
-    plan: DecidedPlan,
-    flags: torch.Tensor | None = None,
-    state: torch.Tensor | None = None,
-) -> torch.Tensor:
-    tensors, operands = random_inputs(problem)
-    return attention_as_decided(
-        *tensors,
-        operands,
-        problem.param_hints,
-        flags_of(problem) if flags is None else flags,
-        new_state(len(plan.heads)) if state is None else state,
-        plan.serialize(),
-    )
-
-
-def exactly(problem: Problem, plan: DecidedPlan) -> torch.Tensor:
-    return through(problem, plan, flags_of(problem, 0))
-
-
-def reference(problem: Problem, dtype: torch.dtype, kept: torch.Tensor) -> torch.Tensor:
-    """The oracle where rows meet the kept keys, bool [B,H,M,N], alone."""
-    tensors, operands = random_inputs(problem)
-    spec = problem.spec
-    at = len(spec.operands)
-    mask = sympy.And(spec.mask, sympy.Ne(Load(at, b, h, row, key), 0))
-    spec = dataclasses.replace(spec, mask=mask, operands=(*spec.operands, OperandSpec("bool", 4)))
-    wide = [tensor.to(dtype) for tensor in tensors]
-    extra = [o.to(dtype) if o.is_floating_point() else o for o in operands]
-    return reference_attention(*wide, [*extra, kept], problem.param_hints, spec)
-
-
-def by_blocks(blocks: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    return blocks.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., :rows, :columns]
-
-
-def kept_by(problem: Problem, heads: tuple[HeadDecision, ...]) -> torch.Tensor:
-    """bool [B,H,M,N], the mask apart."""
-    (q, k, _), _ = random_inputs(problem)
-    sizes = (q.shape[2], k.shape[2])
-    structure = block_structure(problem.spec.mask, *sizes, BLOCK, BLOCK, problem.param_hints)
-    allowed = structure.partial | structure.full
-    every = []
-    for head, decision in enumerate(heads):
-        blocks = torch.ones_like(allowed).expand(q.shape[0], *allowed.shape)
-        if decision.pattern is not None:
-            blocks = pattern_blocks(decision.pattern, *sizes).expand_as(blocks)
-        if decision.selection is not None:
-            scale = problem.spec.scale
-            whole = None if problem.spec.mask == sympy.true else structure.full
-            blocks = selected_blocks(decision.selection, q, k, scale, allowed, whole)[:, head]
-        every.append(by_blocks(blocks, *sizes))
-    return torch.stack(every, 1)
-
-
-def assert_right(problem: Problem, heads: tuple[HeadDecision, ...], ours: torch.Tensor) -> None:
-    """As accurate as the oracle in the same precision, on the keys that heads keep."""
-    kept = kept_by(problem, heads)
-    exact = reference(problem, torch.float64, kept)
-    assert torch.equal(ours.isnan(), exact.isnan())
-    for head, decision in enumerate(heads):
-        rounded = decision.scores == Precision.FP16
-        eager = reference(problem, torch.float16 if rounded else torch.float32, kept).float()
-        assert_as_accurate(ours[:, head].float(), eager[:, head], exact[:, head])
-
-
 @pytest.mark.parametrize(
     ("name", "tiles"),
     [("gqa", WHOLE), ("sink", PARTS), ("dense bias", WHOLE), ("prefix at run time", WHOLE)],
     ids=str,
 )
 def test_each_head_is_computed_as_decided(name: str, tiles: Tiles) -> None:
-    problem = problem_named(name)
+    length = 70 if tiles == PARTS else LENGTH
+    batch = 2 if name == "gqa" else 1
+    problem = problem_named(name, batch=batch, rows=length, columns=length)
     ours = through(problem, gpu_plan(problem, MIXED, tiles))
-    assert ours.stride() == (LENGTH * 4 * 16, 16, 4 * 16, 1)
+    assert ours.stride() == (length * 4 * 16, 16, 4 * 16, 1)
     assert_right(problem, MIXED, ours)
 
 
 def test_rows_stand_at_the_end_of_the_keys() -> None:
-    problem = problem_named("last rows", rows=40)
-    assert_right(problem, MIXED, through(problem, gpu_plan(problem)))
+    problem = problem_named("last rows", rows=30)
+    assert not kept_by(problem, MIXED)[:, 1].all()
+    assert_right(problem, MIXED, through(problem, gpu_plan(problem, MIXED)))
 
 
 def test_a_pattern_that_might_leave_rows_without_keys_is_dropped() -> None:
@@ -176,7 +101,7 @@ def test_a_pattern_that_might_leave_rows_without_keys_is_dropped() -> None:
 
 @pytest.mark.parametrize("tiles", [WHOLE, PARTS], ids=str)
 def test_blocks_are_chosen_in_the_call(tiles: Tiles) -> None:
-    problem = problem_named("plain")
+    problem = problem_named("plain", batch=2, columns=LONGER)
     heads = (CHOSEN, WINDOW, ANTIDIAGONAL, EXACT)
     kept = kept_by(problem, heads)
     assert not kept[:, 0].all()
@@ -184,18 +109,20 @@ def test_blocks_are_chosen_in_the_call(tiles: Tiles) -> None:
     assert_right(problem, heads, through(problem, gpu_plan(problem, heads, tiles)))
 
 
-@pytest.mark.parametrize("name", ["gqa", "plain"])
-def test_far_keys_stand_for_each_other(name: str) -> None:
-    problem = problem_named(name)
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"), [("gqa", LENGTH, LENGTH), ("plain", 20, LONGER)]
+)
+def test_far_keys_stand_for_each_other(name: str, rows: int, columns: int) -> None:
+    problem = problem_named(name, rows=rows, columns=columns)
     heads = (MEANS, EXACT, WINDOW, dataclasses.replace(MEANS, pooling=Pooling(Pattern(64), 16)))
     ours = through(problem, gpu_plan(problem, heads))
     (q, k, v), _ = random_inputs(problem)
     means = pooled(k, v, BLOCK, BLOCK // 16)
-    structure = block_structure(problem.spec.mask, LENGTH, LENGTH, BLOCK, BLOCK)
+    structure = block_structure(problem.spec.mask, rows, columns, BLOCK, BLOCK)
     for head in (0, 3):
-        near = pattern_blocks(heads[head].pooling.near, LENGTH, LENGTH)
+        near = pattern_blocks(heads[head].pooling.near, rows, columns)
         far = structure.full & ~near
-        assert head or far.any()
+        assert far.any() or (head == 3 and name == "gqa")
         results = [
             lowrank_attention(
                 [tensor.to(dtype) for tensor in (q, k, v)],
@@ -203,8 +130,8 @@ def test_far_keys_stand_for_each_other(name: str) -> None:
                 [],
                 (),
                 problem.spec,
-                by_blocks(near | structure.partial, LENGTH, LENGTH),
-                far.repeat_interleave(BLOCK, 0)[:LENGTH],
+                by_blocks(near | structure.partial, rows, columns),
+                far.repeat_interleave(BLOCK, 0)[:rows],
             )[:, head]
             for dtype in (torch.float32, torch.float64)
         ]
@@ -215,7 +142,7 @@ def test_far_keys_stand_for_each_other(name: str) -> None:
 
 
 def test_blocks_whose_scores_are_low_are_skipped() -> None:
-    problem = problem_named("gqa")
+    problem = last_rows()
     tensors, _ = random_inputs(problem)
     tensors[0][..., 0] = 4.0
     tensors[1][:, :, :5, 0] = 8.0  # what every row looks at first
@@ -231,10 +158,12 @@ def test_blocks_whose_scores_are_low_are_skipped() -> None:
         attention_as_decided(*tensors, [], (), flags_of(problem, flag), new_state(4), plan)
         for flag in (1, 0)
     )
-    structure = block_structure(problem.spec.mask, LENGTH, LENGTH, 32, 32)
+    sizes = problem.shape.hints[1:]
+    structure = block_structure(problem.spec.mask, *sizes, 32, 32)
     met = (structure.partial | structure.full).expand(1, 4, -1, -1).clone()
-    near = pattern_blocks(pattern, LENGTH, LENGTH)
-    met[:, 3] &= spread(near, (32, 32), met.shape[-2:])
+    near = spread(pattern_blocks(pattern, *sizes), (32, 32), met.shape[-2:])
+    assert not near.all()
+    met[:, 3] &= near
     # Whole blocks come first, then those that the mask cuts: the same order.
     given = ([], (), problem.spec, met, torch.tensor([skip]), (32, 32), 1)
     double, _ = skipping_attention([t.double() for t in tensors], *given)
@@ -247,7 +176,7 @@ def test_blocks_whose_scores_are_low_are_skipped() -> None:
 
 def test_tensors_of_16_bits_are_multiplied_as_they_are() -> None:
     problem = problem_named("gqa", torch.float16)
-    plan = gpu_plan(problem)
+    plan = gpu_plan(problem, MIXED)
     assert decisions_of(plan.serialize(), False).of_heads == (0, 1, 0, 1)
     ours, exact = through(problem, plan), exactly(problem, plan)
     assert torch.equal(ours[:, [0, 2]], exact[:, [0, 2]])
@@ -258,7 +187,7 @@ def test_tensors_of_16_bits_are_multiplied_as_they_are() -> None:
 
 
 def test_heads_whose_flag_is_not_set_are_exact_to_the_bit() -> None:
-    problem = problem_named("gqa")
+    problem = last_rows(batch=2)
     plan = gpu_plan(problem, (MEANS, WINDOW, HALF, CHOSEN))
     flags = torch.tensor([[1, 0, -2, 1], [-1, 1, 1, 0]], dtype=torch.int32)
     ours = through(problem, plan, flags)
@@ -269,18 +198,37 @@ def test_heads_whose_flag_is_not_set_are_exact_to_the_bit() -> None:
         assert not torch.equal(every[:, head], exact[:, head])
 
 
-def test_what_is_off_is_exact_in_the_same_call() -> None:
-    problem = problem_named("causal")
+@dataclass(frozen=True)
+class _Audited:
+    """Two calls with one state, of heads that are off, and what they do not depend on."""
+
+    flags: torch.Tensor
+    state: torch.Tensor
+    ours: torch.Tensor
+    every: torch.Tensor
+    exact: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def audited() -> _Audited:
+    problem = last_rows(batch=2)
     plan = gpu_plan(problem, WINDOWS, limit=(1.0, 1e-3, 1.0, 10.0), rows=4)
     flags = torch.tensor([[1, 1, 1, 1], [1, 1, 0, -2]], dtype=torch.int32)
     state = new_state(4)
     for _ in range(2):
         ours = through(problem, plan, flags, state)
-    every, exact = through(problem, plan), exactly(problem, plan)
+    every, exact = (
+        through(problem, gpu_plan(problem, WINDOWS), flags_of(problem, flag)) for flag in (1, 0)
+    )
+    return _Audited(flags, state, ours, every, exact)
+
+
+def test_what_is_off_is_exact_in_the_same_call(audited: _Audited) -> None:
+    ours, every, exact = audited.ours, audited.every, audited.exact
     assert torch.equal(ours[:, :3], exact[:, :3])
     assert torch.equal(ours[0, 3], every[0, 3])
     assert torch.equal(ours[1, 3], exact[1, 3])
-    stats = head_stats(state)
+    stats = head_stats(audited.state)
     assert [head.failed_audit for head in stats] == [0, 4, 0, 0]
     assert [head.as_decided for head in stats] == [4, 0, 2, 2]
     assert [head.left_envelope for head in stats] == [0, 0, 2, 0]
@@ -288,33 +236,27 @@ def test_what_is_off_is_exact_in_the_same_call() -> None:
     assert [head.audits for head in stats] == [2] * 4
 
 
-def test_errors_are_those_of_the_audited_rows() -> None:
+def test_errors_are_those_of_the_audited_rows(audited: _Audited) -> None:
     """Of heads as decided at first, whether they stayed so or not; others do not count."""
-    problem = problem_named("causal")
-    plan = gpu_plan(problem, WINDOWS, limit=(1.0, 1e-3, 1.0, 10.0), rows=4)
-    flags = torch.tensor([[1, 1, 1, 1], [1, 1, 0, -2]], dtype=torch.int32)
-    state, errors = new_state(4), []
-    every, exact = (
-        part.double()
-        for part in (through(problem, gpu_plan(problem, WINDOWS)), exactly(problem, plan))
-    )
+    errors = []
     for turn in (0, 2):  # calls are counted by batch item
-        through(problem, plan, flags, state)
-        at = audit.audited_rows(LENGTH, 4, turn)
+        at = audit.audited_rows(audited.ours.shape[2], 4, turn)
         for head, items in ((1, [0, 1]), (3, [0])):
-            given, true = (part[items, head][None, :, at] for part in (every, exact))
+            given, true = (
+                part.double()[items, head][None, :, at] for part in (audited.every, audited.exact)
+            )
             wrong, whole = ((x**2).sum() for x in (given - true, true))
             errors.append((head, wrong, whole))
     for head in (1, 3):
         means = [sum(parts[i] for parts in errors if parts[0] == head) / 2 for i in (1, 2)]
-        found = state[head, [Column.WRONG, Column.WHOLE]]
+        found = audited.state[head, [Column.WRONG, Column.WHOLE]]
         torch.testing.assert_close(found, torch.stack(means), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["dense bias", "alibi", "distance", "sink", "padding"])
 def test_audits_of_an_exact_head_find_nothing(name: str) -> None:
     """Rows that stand anywhere are computed as the whole is: each part of a spec is moved."""
-    problem = problem_named(name)
+    problem = problem_named(name, rows=60, columns=70)
     heads = (EXACT, EXACT, EXACT, HALF)
     state = new_state(4)
     through(problem, gpu_plan(problem, heads, rows=4), None, state)
@@ -326,19 +268,20 @@ def test_audits_of_an_exact_head_find_nothing(name: str) -> None:
 def test_without_finite_sums_nothing_is_averaged() -> None:
     problem = problem_named("causal")
     tensors, _ = random_inputs(problem)
-    tensors[1][0, 1, 149, 3] = math.nan  # seen by the last row alone
-    plan = gpu_plan(problem, WINDOWS, rows=LENGTH)
+    tensors[1][0, 1, 75, 3] = math.nan  # seen by the last audited row alone
+    assert audit.audited_rows(LENGTH, 4, 0) == [0, 25, 50, 75]
+    plan = gpu_plan(problem, WINDOWS, rows=4)
     state, flags = new_state(4), flags_of(problem)
     ours = attention_as_decided(*tensors, [], (), flags, state, plan.serialize())
     assert bool(state.isfinite().all())
-    assert bool(ours[0, 1, 149].isnan().all())
-    assert bool(ours[0, 1, :149].isfinite().all())
+    assert bool(ours[0, 1, 75:].isnan().all())
+    assert bool(ours[0, 1, :75].isfinite().all())
 
 
 def test_a_bias_that_shuts_a_pattern_out_is_computed_exactly() -> None:
     problem = problem_named("dense bias")
     (q, k, v), (bias,) = random_inputs(problem)
-    bias[0, 1, 140, 128:] = -math.inf  # all that the window of row 140 keeps
+    bias[0, 1, 90, 64:] = -math.inf  # all that the window of row 90 keeps
     plan, state = gpu_plan(problem, WINDOWS), new_state(4)
     given = (q, k, v, [bias], ())
     ours = attention_as_decided(*given, flags_of(problem), state, plan.serialize())
@@ -346,7 +289,7 @@ def test_a_bias_that_shuts_a_pattern_out_is_computed_exactly() -> None:
     exact = attention_as_decided(*given, flags, new_state(4), plan.serialize())
     assert torch.equal(ours[:, 1], exact[:, 1])
     assert not torch.equal(ours[:, 3], exact[:, 3])
-    assert [head.failed_audit for head in head_stats(state)] == [0, 2, 0, 0]
+    assert [head.failed_audit for head in head_stats(state)] == [0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(("rows", "count"), [(150, 2), (4096, 4), (3, 5)])
@@ -385,12 +328,8 @@ def within(problem: Problem, heads: tuple[HeadDecision, ...] = MIXED) -> Decided
     return gpu_plan(problem, heads, **{n: tuple(map(tuple, b)) for n, b in bounds.items()})
 
 
-def flags_in(plan: DecidedPlan, *tensors: torch.Tensor) -> list[list[int]]:
-    return check(*tensors, new_state(4), plan.serialize()).tolist()
-
-
 def test_shifted_inputs_are_exact() -> None:
-    problem = problem_named("gqa")
+    problem = problem_named("gqa", batch=2)
     plan = within(problem)
     (q, k, v), _ = random_inputs(problem)
     assert flags_in(plan, q, k, v) == [[1] * 4] * 2
@@ -411,7 +350,7 @@ def test_shifted_inputs_are_exact() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_seen_wherever_a_pattern_might_hide_it(value: float) -> None:
-    problem = problem_named("causal")
+    problem = problem_named("causal", batch=2)
     plan = gpu_plan(problem, (EXACT, WINDOW, CHOSEN, MEANS))
     (q, k, v), _ = random_inputs(problem)
     for tensor in (k, v):
@@ -422,7 +361,7 @@ def test_what_is_not_finite_is_seen_wherever_a_pattern_might_hide_it(value: floa
 
 
 def test_what_float16_cannot_hold_is_not_rounded_to_it() -> None:
-    problem = problem_named("causal")
+    problem = problem_named("causal", batch=2)
     (q, k, v), _ = random_inputs(problem)
     v[0, :, 1, 3] = 1e5
     values = dataclasses.replace(EXACT, values=Precision.FP16)
@@ -432,15 +371,15 @@ def test_what_float16_cannot_hold_is_not_rounded_to_it() -> None:
 
 
 def test_a_demoted_head_stays_exact() -> None:
-    problem = problem_named("gqa")
-    plan, state = gpu_plan(problem, budgets=(1.0, 1.0, 0.1, 1.0), rows=4), new_state(4)
+    problem = last_rows()
+    plan, state = gpu_plan(problem, MIXED, budgets=(1.0, 1.0, 0.1, 1.0), rows=4), new_state(4)
     (q, k, v), _ = random_inputs(problem)
     state[:, Column.AUDITS] = 15
     state[2, [Column.WRONG, Column.WHOLE, Column.SQUARE]] = 1.0
     through(problem, plan, check(q, k, v, state, plan.serialize()), state)
     assert state[:, Column.DEMOTED].tolist() == [0, 0, 1, 0]
     flags = check(q, k, v, state, plan.serialize())
-    assert flags.tolist() == [[1, 1, -2, 1]] * 2
+    assert flags.tolist() == [[1, 1, -2, 1]]
     ours = through(problem, plan, flags, state)
     assert torch.equal(ours[:, 2], exactly(problem, plan)[:, 2])
 
@@ -473,14 +412,15 @@ def test_shapes_of_tables_follow_from_the_lengths(heads: tuple[HeadDecision, ...
     for name, (shape, dtype) in table_shapes(found, 70, LENGTH).items():
         assert (tuple(made[name].shape), made[name].dtype) == (shape, dtype)
     (q, _, _), _ = random_inputs(problem)
-    for op, given in (("decided_numbers", ()), ("decided_tables", (70, LENGTH, []))):
-        torch.library.opcheck(getattr(torch.ops.adaattn, op), (q, *given, plan))
+    numbers = numbers_of(plan, True)
+    for op, given in (("decided_numbers", (numbers,)), ("decided_tables", (70, LENGTH, [], plan))):
+        torch.library.opcheck(getattr(torch.ops.adaattn, op), (q, *given))
 
 
 def test_what_a_plan_is_not_for_is_refused() -> None:
     problem = problem_named("gqa")
     (q, k, v), _ = random_inputs(problem)
-    text, state, flags = gpu_plan(problem).serialize(), new_state(4), flags_of(problem)
+    text, state, flags = gpu_plan(problem, MIXED).serialize(), new_state(4), flags_of(problem)
     with pytest.raises(ValueError, match="not a plan by decisions for a GPU"):
         check(q, k, v, state, plan_for(problem).serialize())
     with pytest.raises(ValueError, match="differ in B or N"):
@@ -494,7 +434,7 @@ def test_what_a_plan_is_not_for_is_refused() -> None:
 @pytest.mark.parametrize(("batch", "rows", "columns"), [(2, 0, 64), (2, 20, 0), (0, 20, 64)])
 def test_without_elements_nothing_is_as_decided(batch: int, rows: int, columns: int) -> None:
     problem = problem_named("plain")
-    plan, state = gpu_plan(problem, rows=2).serialize(), new_state(4)
+    plan, state = gpu_plan(problem, MIXED, rows=2).serialize(), new_state(4)
     q = torch.randn(batch, 4, rows, 16)
     k, v = (torch.randn(batch, 4, columns, 16) for _ in range(2))
     flags = check(q, k, v, state, plan)
