@@ -101,6 +101,14 @@ def made_for(spec: AttentionSpec, operands: Sequence[torch.Tensor]) -> Configura
     return Configuration(spec, tuple(str(o.dtype).removeprefix("torch.") for o in operands))
 
 
+def statistics_tiles(pairs: int, head_dim: int, itemsize: int) -> Tiles:
+    """Tiles that compile without spills; pairs: of query heads and rows of one key head; itemsize:
+    bytes."""
+    if itemsize > 2:
+        return tiles_for_few_rows(pairs, head_dim, itemsize)
+    return Tiles(16, BLOCK, 4, 2) if pairs <= 16 else Tiles(32, BLOCK, 8, 2)
+
+
 # -- what is known of rows -------------------------------------------------------------------------
 
 
@@ -170,7 +178,7 @@ class _Given:
 
     def usual_tiles(self) -> Tiles:
         pairs = self.spec.group * self.few.shape[2]
-        return tiles_for_few_rows(pairs, self.few.shape[3], self.few.dtype.itemsize)
+        return statistics_tiles(pairs, self.few.shape[3], self.few.dtype.itemsize)
 
     def constants(self, tiles: Tiles) -> dict[str, Any]:
         return statistics_constants(self.spec, self.few.shape[3], tiles)

@@ -100,8 +100,10 @@ def fused_row_statistics(
         sink = tl.cast(sink_of(b, h, q, q < M, M, N, OPERANDS), tl.float32)
         tl.store(sink_ptr + row, sink + tl.zeros([BLOCK_M], tl.float32), mask=inside & (split == 0))
     low, high = some_keys(b, h, q, q, M, N, OPERANDS)
+    # Numbers of run time may be of 64 bits: within the keys first.
     nothing = tl.zeros_like(row)
-    low, high = nothing + low, nothing + high
+    low = tl.minimum(tl.maximum(nothing + low, 0), N).to(tl.int32)
+    high = tl.maximum(tl.minimum(nothing + high, N - 1), -1).to(tl.int32)
     diagonal = q + (N - M)
 
     share = tl.cdiv(steps, splits)
