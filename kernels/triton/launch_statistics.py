@@ -58,10 +58,10 @@ def statistics_refusal(
     capability = target_here().capability
     if capability is None or capability < LEAST_CAPABILITY:
         return f"not for {target_here().name}: sm_80 and later"
-    return form_refusal(q_BHMD, k_BGND, operands, params, spec)
+    return refusal_of_form(q_BHMD, k_BGND, operands, params, spec)
 
 
-def form_refusal(
+def refusal_of_form(
     q_BHMD: torch.Tensor,
     k_BGND: torch.Tensor,
     operands: Sequence[torch.Tensor],
