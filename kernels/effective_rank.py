@@ -21,7 +21,7 @@ import torch
 from adaattn_compiler.decision import Representation
 from adaattn_compiler.kernels.randomized_svd import Factors, finite, randomized_svd
 from adaattn_compiler.kernels.reference import attention_by_rows
-from adaattn_compiler.kernels.scored_rows import sampled_rows, scored_rows
+from adaattn_compiler.kernels.scored_rows import sampled_places, scored_rows
 from adaattn_compiler.kernels.statistics import compensated_sum, head_statistics
 from adaattn_compiler.spec import AttentionSpec, EmptyRow
 
@@ -219,17 +219,33 @@ def sampled_spectrum(
     directions are shared by many rows. It cannot tell more than R: a head of full rank reports
     about energy R, so that an answer near R says "at least this", one far below says "low".
     """
-    at = sampled_rows(q_BHMD.shape[2], rows, turn)
+    products = row_products(q_BHMD, k_BGND, spec, operands, params, rows=rows, turn=turn)
+    # Of the products of rows, in float64, for the roots of small eigenvalues.
+    scaled = finite(products).double() * (q_BHMD.shape[2] / products.shape[-1])
+    squares = torch.linalg.eigvalsh(scaled).clamp_(min=0).flip(-1)
+    size = min(q_BHMD.shape[2], k_BGND.shape[2])
+    return Spectrum(squares.sqrt().to(products), squares.sum(-1).to(products), size)
+
+
+def row_products(
+    q_BHMD: torch.Tensor,
+    k_BGND: torch.Tensor,
+    spec: AttentionSpec,
+    operands: Sequence[torch.Tensor] = (),
+    params: Sequence[int] = (),
+    *,
+    rows: int = 32,
+    turn: int = 0,
+) -> torch.Tensor:
+    """[B,H,R,R]: the products of R sampled rows of P with each other, on any device; nothing here
+    waits for a GPU."""
+    at = sampled_places(q_BHMD, q_BHMD.shape[2], rows, turn)
     wide = torch.promote_types(q_BHMD.dtype, torch.float32)
     products = q_BHMD.new_empty(*q_BHMD.shape[:2], len(at), len(at), dtype=wide)
     for where, tile in scored_rows(q_BHMD, k_BGND, operands, params, spec, at, together=True):
         weights = tile.weights()
         products[where] = weights @ weights.mT
-    # Of the products of rows, in float64, for the roots of small eigenvalues.
-    scaled = finite(products).double() * (q_BHMD.shape[2] / len(at))
-    squares = torch.linalg.eigvalsh(scaled).clamp_(min=0).flip(-1)
-    size = min(q_BHMD.shape[2], k_BGND.shape[2])
-    return Spectrum(squares.sqrt().to(wide), squares.sum(-1).to(wide), size)
+    return products
 
 
 # -- choosing --------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def scored_rows(
     operands: Sequence[torch.Tensor],
     params: Sequence[int],
     spec: AttentionSpec,
-    at: Sequence[int],
+    at: Sequence[int] | torch.Tensor,
     *,
     together: bool = False,
 ) -> Iterator[tuple[Tile, ScoredRows]]:
@@ -246,7 +246,7 @@ def _dropped(keep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _uniform(attended: Attended, scores: torch.Tensor) -> tuple[Attended, torch.Tensor]:
     """Rows without a key attend to all, with a score of 0."""
     empty = attended.counts[..., -1:] == 0
-    if not empty.any():
+    if empty.device.type == "cpu" and not empty.any():  # on a GPU it would be waited for
         return attended, scores
     keep = (attended.drop == 0) | empty
     return _attended(keep, scores.shape[-1], scores.dtype), scores.masked_fill(empty, 0)
