@@ -13,6 +13,7 @@ It is that of P, not of the scores: the rank of Q K^T is at most D whatever the 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,11 @@ from adaattn_compiler.kernels.randomized_svd import Factors, finite, randomized_
 from adaattn_compiler.kernels.reference import attention_by_rows
 from adaattn_compiler.kernels.scored_rows import sampled_places, scored_rows
 from adaattn_compiler.kernels.statistics import compensated_sum, head_statistics
+from adaattn_compiler.kernels.triton.launch_rowproducts import row_products_by_tiles
+from adaattn_compiler.kernels.triton.launch_statistics import statistics_refusal
 from adaattn_compiler.spec import AttentionSpec, EmptyRow
+
+log = logging.getLogger("adaattn_compiler")
 
 # What computes attention exactly: (q, k, v, operands, params) -> [B,H,M,E], with a spec of group 1.
 Exact = Callable[
@@ -237,8 +242,14 @@ def row_products(
     rows: int = 32,
     turn: int = 0,
 ) -> torch.Tensor:
-    """[B,H,R,R]: the products of R sampled rows of P with each other, on any device; nothing here
-    waits for a GPU."""
+    """[B,H,R,R]: the products of R sampled rows of P with each other, on any device, float32 or
+    wider; nothing here waits for a GPU. Of CUDA tensors by a kernel that keeps no weights."""
+    given = (q_BHMD, k_BGND, operands, params, spec)
+    refused = statistics_refusal(*given)
+    if refused is None:
+        return row_products_by_tiles(*given, rows=rows, turn=turn)
+    if q_BHMD.device.type == "cuda":
+        log.debug("products of rows by torch functions: %s", refused)
     at = sampled_places(q_BHMD, q_BHMD.shape[2], rows, turn)
     wide = torch.promote_types(q_BHMD.dtype, torch.float32)
     products = q_BHMD.new_empty(*q_BHMD.shape[:2], len(at), len(at), dtype=wide)

@@ -29,6 +29,7 @@ from adaattn_compiler.kernels.triton.launch_decode import (
     decode_constants,
 )
 from adaattn_compiler.kernels.triton.launch_lowrank import lowrank_constants
+from adaattn_compiler.kernels.triton.launch_rowproducts import row_products_constants
 from adaattn_compiler.kernels.triton.launch_statistics import (
     SAMPLING,
     sample_constants,
@@ -40,6 +41,7 @@ from adaattn_compiler.kernels.triton.source import (
     decode_source,
     forward_source,
     lowrank_source,
+    row_products_source,
     statistics_source,
 )
 
@@ -176,6 +178,20 @@ def compiled_statistics(
             module.sampled_scores, made_for, types, sample_constants(*given), SAMPLING, capability
         ),
     )
+
+
+def compiled_row_products(
+    made_for: Configuration, dtype: str, head_dim: int, tiles: Tiles, capability: int
+) -> Compiled:
+    """The kernel for products of rows."""
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr"), dtype),
+        **dict.fromkeys(("products_ptr", "sums_ptr", "sink_ptr"), "float32"),
+        "at_ptr": "int64",
+    }
+    fixed = row_products_constants(made_for.spec, head_dim, tiles)
+    kernel = loaded(row_products_source(made_for)).fused_row_products
+    return compiled(kernel, made_for, types, fixed, tiles, capability)
 
 
 def compiled_backward(

@@ -130,7 +130,7 @@ def row_statistics(
     that divide BLOCK. splits: programs that share the keys of a tile of rows.
     """
     at = sampled_places(q_BHMD, q_BHMD.shape[2], rows, turn)
-    given = _Given.of(q_BHMD, k_BGND, operands, params, spec, at)
+    given = SampledRows.of(q_BHMD, k_BGND, operands, params, spec, at)
     tiles = tiles or given.usual_tiles()
     steps = _steps(given, tiles, splits)
     kept = _of_rows(steps)
@@ -142,8 +142,8 @@ def row_statistics(
 
 
 @dataclass(frozen=True)
-class _Given:
-    """few: the rows `at` of q, [B,H,R,D]; rows: M."""
+class SampledRows:
+    """Rows of q, as kernels take them: few: those `at`, [B,H,R,D]; rows: M."""
 
     few: torch.Tensor
     k: torch.Tensor
@@ -160,10 +160,10 @@ class _Given:
         params: Sequence[int],
         spec: AttentionSpec,
         at: torch.Tensor,
-    ) -> _Given:
+    ) -> SampledRows:
         few = with_unit_stride(q.index_select(2, at))
         rest = (*params, *operand_arguments(operands))
-        return _Given(few, with_unit_stride(k), at, q.shape[2], made_for(spec, operands), rest)
+        return SampledRows(few, with_unit_stride(k), at, q.shape[2], made_for(spec, operands), rest)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -208,7 +208,7 @@ class _Steps:
         return tensor.reshape(of_blocks).sum(-1, dtype=tensor.dtype)
 
 
-def _steps(given: _Given, tiles: Tiles, splits: int | None) -> _Steps:
+def _steps(given: SampledRows, tiles: Tiles, splits: int | None) -> _Steps:
     few, k, spec = given.few, given.k, given.spec
     batch, heads, count, _ = few.shape
     kv_heads = heads // spec.group
@@ -284,7 +284,7 @@ def _of_rows(steps: _Steps) -> dict[str, torch.Tensor]:
     }
 
 
-def _sample(given: _Given, steps: _Steps, ranks: torch.Tensor) -> torch.Tensor:
+def _sample(given: SampledRows, steps: _Steps, ranks: torch.Tensor) -> torch.Tensor:
     """Scores [B,H,R,OF_A_ROW] of the attended keys of such ranks among those of their row."""
     count = steps.by_row(steps.count).contiguous()
     so_far = count.cumsum(-1, dtype=torch.int32)

@@ -24,6 +24,7 @@ _FORWARD = (_FOLDER / "forward.py").read_text()
 _DECODE = (_FOLDER / "decode.py").read_text()
 _LOWRANK = (_FOLDER / "lowrank.py").read_text()
 _STATISTICS = (_FOLDER / "statistics.py").read_text()
+_ROW_PRODUCTS = (_FOLDER / "rowproducts.py").read_text()
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,12 @@ def lowrank_source(made_for: Configuration) -> str:
 def statistics_source(made_for: Configuration) -> str:
     """A module with the kernels `fused_row_statistics` and `sampled_scores`. NoCode: as above."""
     return module_source(made_for, _STATISTICS)
+
+
+@functools.cache
+def row_products_source(made_for: Configuration) -> str:
+    """A module with the kernel `fused_row_products`. NoCode: as above."""
+    return module_source(made_for, _ROW_PRODUCTS)
 
 
 def module_source(made_for: Configuration, *templates: str) -> str:

@@ -10,6 +10,7 @@ from check import assert_as_accurate, in_float64
 from on_gpu import on_device, poisoned
 from specs import problem_of, random_inputs
 
+from adaattn_compiler.kernels.effective_rank import row_products
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.statistics import HeadStatistics, head_statistics
 
@@ -46,6 +47,21 @@ def test_every_statistic_is_that_of_torch(name: str, dtype: torch.dtype) -> None
     exact = statistics(problem, in_float64(tensors), in_float64(operands))
     for field in dataclasses.fields(HeadStatistics):
         assert_as_accurate(*(as_rounded(each, field.name) for each in (ours, eager, exact)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["gqa", "sink of masked rows", "causal padding uniform"])
+def test_products_of_rows_are_those_of_torch(name: str, dtype: torch.dtype) -> None:
+    problem = problem_of(name, dtype)
+    (q, k, _), operands = random_inputs(problem)
+
+    def products(tensors: list[torch.Tensor], operands: list[torch.Tensor]) -> torch.Tensor:
+        return row_products(*tensors, problem.spec, operands, problem.param_hints, rows=90)
+
+    with poisoned():
+        ours = products(on_device([q, k]), on_device(operands)).cpu()
+    exact = products(in_float64([q, k]), in_float64(operands))
+    assert_as_accurate(ours, products([q, k], operands), exact)
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -11,11 +11,16 @@ import torch
 from check import assert_as_accurate, in_float64
 from specs import problem_of, random_inputs
 
-from adaattn_compiler.kernels.effective_rank import attention_spectrum, one_head_spec
+from adaattn_compiler.kernels.effective_rank import (
+    attention_spectrum,
+    one_head_spec,
+    row_products,
+)
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.scored_rows import sampled_places, sampled_rows
 from adaattn_compiler.kernels.statistics import HeadStatistics, head_statistics, statistics_of
 from adaattn_compiler.kernels.triton.launch import Tiles, forward
+from adaattn_compiler.kernels.triton.launch_rowproducts import row_products_by_tiles
 from adaattn_compiler.kernels.triton.launch_statistics import (
     made_for,
     refusal_of_form,
@@ -230,6 +235,35 @@ def test_tiles_that_hold_no_block_are_refused(tiles: Tiles) -> None:
 
 
 # -- ranks -----------------------------------------------------------------------------------------
+
+
+# Rows are two blocks of 16; keys are divided among programs where some rows have none.
+@pytest.mark.parametrize(
+    "name", ["window", "gqa", "alibi", "sink of masked rows", "causal padding uniform", "per head"]
+)
+def test_products_of_rows_are_those_of_torch(name: str) -> None:
+    problem = problem_of(name)
+    (q_, k_, _), operands = random_inputs(problem)
+    params, spec = problem.param_hints, problem.spec
+    ours = row_products_by_tiles(
+        q_, k_, operands, params, spec, rows=20, turn=1, tiles=TILES, splits=2
+    )
+    eager = row_products(q_, k_, spec, operands, params, rows=20, turn=1)
+    wide = in_float64([q_, k_]), in_float64(operands)
+    exact = row_products(*wide[0], spec, wide[1], params, rows=20, turn=1)
+    assert torch.equal(ours, ours.mT)
+    assert_as_accurate(ours, eager, exact)
+
+
+def test_products_of_rows_show_what_is_not_finite() -> None:
+    problem = problem_of("plain", rows=33, columns=33)
+    (q_, k_, _), _ = random_inputs(problem)
+    q_[0, 1, 20, 0] = float("nan")
+    given = (q_, k_, [], (), problem.spec)
+    found = row_products_by_tiles(*given, rows=33, turn=0, tiles=TILES, splits=1)
+    expected = torch.zeros(2, 4, 33, 33, dtype=torch.bool)
+    expected[0, 1, 20], expected[0, 1, :, 20] = True, True
+    assert torch.equal(found.isnan(), expected)
 
 
 def test_spectrum_is_the_same_by_the_forward_kernel() -> None:

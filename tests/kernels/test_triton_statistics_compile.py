@@ -10,7 +10,8 @@ from specs import SPECS, problem_of, random_inputs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaattn_compiler.kernels.statistics import head_statistics, statistics_of
-from adaattn_compiler.kernels.triton.compile import compiled_statistics
+from adaattn_compiler.kernels.triton.compile import compiled_row_products, compiled_statistics
+from adaattn_compiler.kernels.triton.launch_rowproducts import row_products_tiles
 from adaattn_compiler.kernels.triton.launch_statistics import (
     row_statistics,
     statistics_refusal,
@@ -52,6 +53,27 @@ def test_statistics_compile_without_spills(
     assert ("mma.sync" in scans.ptx) == (itemsize == 2)
     assert scans.shared_memory <= QUARTER_SHARED[capability]
     assert samples.shared_memory <= 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "head_dim", "dtype"),
+    [
+        ("gqa", 80, 128, "bfloat16"),
+        ("gqa", 80, 256, "bfloat16"),
+        ("dense bias", 90, 128, "bfloat16"),
+        ("sink", 90, 64, "float16"),
+        ("dense bias", 80, 128, "float32"),
+        ("sink", 90, 128, "float32"),
+    ],
+)
+def test_products_of_rows_compile_without_spills(
+    name: str, capability: int, head_dim: int, dtype: str
+) -> None:
+    tiles = row_products_tiles(head_dim, 4 if dtype == "float32" else 2)
+    found = compiled_row_products(configured(name), dtype, head_dim, tiles, capability)
+    assert found.spills == 0
+    assert "tf32" in found.ptx
+    assert found.shared_memory <= 2 * QUARTER_SHARED[capability]
 
 
 def test_source_is_of_two_kernels_and_what_they_call() -> None:
