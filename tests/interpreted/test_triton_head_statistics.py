@@ -30,7 +30,7 @@ from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, OperandSpec, S,
 
 TILES = Tiles(16, 32)
 FIELDS = [field.name for field in dataclasses.fields(HeadStatistics)]
-ROWS, TURN = 8, 1
+ROWS, TURN = 5, 1
 
 
 def by_triton(
@@ -238,17 +238,17 @@ def test_tiles_that_hold_no_block_are_refused(tiles: Tiles) -> None:
 
 
 # Rows are two blocks of 16; keys are divided among programs where some rows have none.
-@pytest.mark.parametrize("name", ["window", "gqa", "sink of masked rows", "causal padding uniform"])
+@pytest.mark.parametrize("name", ["gqa", "sink of masked rows", "causal padding uniform"])
 def test_products_of_rows_are_those_of_torch(name: str) -> None:
     problem = problem_of(name)
     (q_, k_, _), operands = random_inputs(problem)
     params, spec = problem.param_hints, problem.spec
     ours = row_products_by_tiles(
-        q_, k_, operands, params, spec, rows=20, turn=1, tiles=TILES, splits=2
+        q_, k_, operands, params, spec, rows=18, turn=1, tiles=TILES, splits=2
     )
-    eager = row_products(q_, k_, spec, operands, params, rows=20, turn=1)
+    eager = row_products(q_, k_, spec, operands, params, rows=18, turn=1)
     wide = in_float64([q_, k_]), in_float64(operands)
-    exact = row_products(*wide[0], spec, wide[1], params, rows=20, turn=1)
+    exact = row_products(*wide[0], spec, wide[1], params, rows=18, turn=1)
     assert torch.equal(ours, ours.mT)
     assert_as_accurate(ours, eager, exact)
 
