@@ -13,6 +13,7 @@ It is that of P, not of the scores: the rank of Q K^T is at most D whatever the 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,9 +22,13 @@ import torch
 from adaattn_compiler.decision import Representation
 from adaattn_compiler.kernels.randomized_svd import Factors, finite, randomized_svd
 from adaattn_compiler.kernels.reference import attention_by_rows
-from adaattn_compiler.kernels.scored_rows import sampled_rows, scored_rows
+from adaattn_compiler.kernels.scored_rows import sampled_places, scored_rows
 from adaattn_compiler.kernels.statistics import compensated_sum, head_statistics
+from adaattn_compiler.kernels.triton.launch_rowproducts import row_products_by_tiles
+from adaattn_compiler.kernels.triton.launch_statistics import statistics_refusal
 from adaattn_compiler.spec import AttentionSpec, EmptyRow
+
+log = logging.getLogger("adaattn_compiler")
 
 # What computes attention exactly: (q, k, v, operands, params) -> [B,H,M,E], with a spec of group 1.
 Exact = Callable[
@@ -219,17 +224,39 @@ def sampled_spectrum(
     directions are shared by many rows. It cannot tell more than R: a head of full rank reports
     about energy R, so that an answer near R says "at least this", one far below says "low".
     """
-    at = sampled_rows(q_BHMD.shape[2], rows, turn)
+    products = row_products(q_BHMD, k_BGND, spec, operands, params, rows=rows, turn=turn)
+    # Of the products of rows, in float64, for the roots of small eigenvalues.
+    scaled = finite(products).double() * (q_BHMD.shape[2] / products.shape[-1])
+    squares = torch.linalg.eigvalsh(scaled).clamp_(min=0).flip(-1)
+    size = min(q_BHMD.shape[2], k_BGND.shape[2])
+    return Spectrum(squares.sqrt().to(products), squares.sum(-1).to(products), size)
+
+
+def row_products(
+    q_BHMD: torch.Tensor,
+    k_BGND: torch.Tensor,
+    spec: AttentionSpec,
+    operands: Sequence[torch.Tensor] = (),
+    params: Sequence[int] = (),
+    *,
+    rows: int = 32,
+    turn: int = 0,
+) -> torch.Tensor:
+    """[B,H,R,R]: the products of R sampled rows of P with each other, on any device, float32 or
+    wider; nothing here waits for a GPU. Of CUDA tensors by a kernel that keeps no weights."""
+    given = (q_BHMD, k_BGND, operands, params, spec)
+    refused = statistics_refusal(*given)
+    if refused is None:
+        return row_products_by_tiles(*given, rows=rows, turn=turn)
+    if q_BHMD.device.type == "cuda":
+        log.debug("products of rows by torch functions: %s", refused)
+    at = sampled_places(q_BHMD, q_BHMD.shape[2], rows, turn)
     wide = torch.promote_types(q_BHMD.dtype, torch.float32)
     products = q_BHMD.new_empty(*q_BHMD.shape[:2], len(at), len(at), dtype=wide)
     for where, tile in scored_rows(q_BHMD, k_BGND, operands, params, spec, at, together=True):
         weights = tile.weights()
         products[where] = weights @ weights.mT
-    # Of the products of rows, in float64, for the roots of small eigenvalues.
-    scaled = finite(products).double() * (q_BHMD.shape[2] / len(at))
-    squares = torch.linalg.eigvalsh(scaled).clamp_(min=0).flip(-1)
-    size = min(q_BHMD.shape[2], k_BGND.shape[2])
-    return Spectrum(squares.sqrt().to(wide), squares.sum(-1).to(wide), size)
+    return products
 
 
 # -- choosing --------------------------------------------------------------------------------------

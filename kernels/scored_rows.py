@@ -24,6 +24,9 @@ _TILE, _TILE_ON_GPU = 2**18, 2**25
 _FAINT = -87.0
 # exp(x) as 2^(x log2 e), which torch computes three times as fast on CPUs.
 _LOG2_E = 1.4426950408889634
+# Scores of each row that quantiles are taken of.
+OF_A_ROW = 32
+_GOLDEN = 0.6180339887498949
 # Rows of what takes several tiles are in at least so many, so that a mask that leaves rows fewer
 # keys the higher they stand leaves their tiles fewer; each part reads the keys anew.
 _PARTS = 2
@@ -75,8 +78,23 @@ def sampled_rows(rows: int, count: int, turn: int) -> list[int]:
     another one, by steps of the golden ratio. The first of each would be the rows of a causal mask
     that have the fewest keys."""
     count = min(count, rows)
-    share = (0.5 + turn * 0.6180339887498949) % 1.0
+    share = (0.5 + turn * _GOLDEN) % 1.0
     return [int((i + share) * rows / count) for i in range(count)]
+
+
+def sampled_places(like: torch.Tensor, rows: int, count: int, turn: int) -> torch.Tensor:
+    """int64 [R]: `sampled_rows` on a tensor's device, with nothing copied to it."""
+    count = min(count, rows)
+    parts = torch.arange(count, dtype=torch.float64, device=like.device)
+    return ((parts + (0.5 + turn * _GOLDEN) % 1.0) * rows / count).to(torch.int64)
+
+
+def sampled_ranks(diagonal: torch.Tensor, turn: int, counts: torch.Tensor) -> torch.Tensor:
+    """Which of the keys that rows attend to are looked at, from 1: one of each of OF_A_ROW equal
+    parts, int32 [b,h,r,OF_A_ROW]. diagonal: [r]; counts: [b,h,r,1], 0 in rows that do not count."""
+    share = ((diagonal + turn) * _GOLDEN) % 1.0
+    parts = torch.arange(OF_A_ROW, device=diagonal.device)
+    return ((parts + share[:, None].double()) / OF_A_ROW * counts).int() + 1
 
 
 class Exponentials(NamedTuple):
@@ -114,7 +132,7 @@ def scored_rows(
     operands: Sequence[torch.Tensor],
     params: Sequence[int],
     spec: AttentionSpec,
-    at: Sequence[int],
+    at: Sequence[int] | torch.Tensor,
     *,
     together: bool = False,
 ) -> Iterator[tuple[Tile, ScoredRows]]:
@@ -125,7 +143,7 @@ def scored_rows(
     size = _tile_size(q_BHMD, k_BGND, spec.group, len(at), together)
     given = (q_BHMD, k_BGND, operands, params, spec)
     # The mask of these rows is evaluated once where no head or batch item has one of its own.
-    shared = spec.mask != sympy.true and not spec.mask.has(b, h) and not _shuts_out(spec)
+    shared = spec.mask != sympy.true and not spec.mask.has(b, h) and not shuts_out(spec)
     for first in range(0, len(at), size[2]):
         rows = slice(first, first + size[2])
         attended = _of_any_head(given, places[rows]) if shared else None
@@ -153,7 +171,7 @@ def _tile_size(
     return max(room // (rows * q.shape[1]), 1), groups * group, rows
 
 
-def _shuts_out(spec: AttentionSpec) -> bool:
+def shuts_out(spec: AttentionSpec) -> bool:
     """Whether a bias may be -inf: the mask alone does not tell what is attended."""
     return bool(spec.score.has(Load, -sympy.oo))
 
@@ -204,7 +222,7 @@ def _scored(
     if spec.mask != sympy.true and attended is None:
         found = evaluate_dense(spec.mask, values, operands, params, partial=True)
         keep = torch.as_tensor(found, device=q.device).bool()
-    if _shuts_out(spec):
+    if shuts_out(spec):
         finite = scores != float("-inf")
         keep = finite if keep is None else finite & keep
         scores = scores.masked_fill(~finite, 0)
@@ -228,7 +246,7 @@ def _dropped(keep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _uniform(attended: Attended, scores: torch.Tensor) -> tuple[Attended, torch.Tensor]:
     """Rows without a key attend to all, with a score of 0."""
     empty = attended.counts[..., -1:] == 0
-    if not empty.any():
+    if empty.device.type == "cpu" and not empty.any():  # on a GPU it would be waited for
         return attended, scores
     keep = (attended.drop == 0) | empty
     return _attended(keep, scores.shape[-1], scores.dtype), scores.masked_fill(empty, 0)

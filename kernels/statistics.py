@@ -11,6 +11,7 @@ The distribution of a row is over the keys that it attends to and the sink, if t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -20,13 +21,15 @@ from adaattn_compiler.decision import BLOCK
 from adaattn_compiler.kernels.scored_rows import (
     ScoredRows,
     exponentials,
+    sampled_ranks,
     sampled_rows,
     scored_rows,
 )
+from adaattn_compiler.kernels.triton.launch_statistics import row_statistics, statistics_refusal
 from adaattn_compiler.spec import AttentionSpec
 
-# Scores of each row that quantiles are taken of.
-_OF_A_ROW = 32
+log = logging.getLogger("adaattn_compiler")
+
 SCORE_QUANTILES = (0.01, 0.5, 0.99)
 ENTROPY_QUANTILES = (0.1, 0.5, 0.9)
 _TOP_SHARE = 8  # one of so many blocks, rounded up
@@ -107,22 +110,47 @@ def head_statistics(
     """
     if rows < 1 or 0 in (q_BHMD.shape[2], k_BGND.shape[2]):
         raise ValueError(f"{rows} rows of {tuple(q_BHMD.shape)} by {tuple(k_BGND.shape)}")
-    at = sampled_rows(q_BHMD.shape[2], rows, turn)
-    kept: dict[str, torch.Tensor] = {}
-    for tile, scored in scored_rows(q_BHMD, k_BGND, operands, params, spec, at):
-        for name, found in _kept(scored, turn).items():
-            if name not in kept:
-                width = (-(-k_BGND.shape[2] // BLOCK),) if name == "blocks" else found.shape[3:]
-                kept[name] = found.new_zeros(*q_BHMD.shape[:2], len(at), *width)
-            # Blocks of keys that no row of the tile attends to may be missing.
-            whole = kept[name] if name != "blocks" else kept[name][..., : found.shape[-1]]
-            whole[tile] = found
+    given = (q_BHMD, k_BGND, operands, params, spec)
+    refused = statistics_refusal(*given)
+    if refused is None:
+        kept = row_statistics(*given, rows=rows, turn=turn)
+        return statistics_of(kept, (q_BHMD, k_BGND, v_BGNE), spec)
+    if q_BHMD.device.type == "cuda":
+        log.debug("statistics of heads by torch functions: %s", refused)
+    kept = _kept_by_tiles(given, sampled_rows(q_BHMD.shape[2], rows, turn), turn)
+    return statistics_of(kept, (q_BHMD, k_BGND, v_BGNE), spec)
+
+
+def statistics_of(
+    kept: dict[str, torch.Tensor],
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    spec: AttentionSpec,
+) -> HeadStatistics:
+    """What follows from what was kept of rows (`_kept`), by whatever means, and from q, k, v."""
+    q, k, v = qkv
     measures = _measures(kept, spec.sink is not None)
-    k_max, v_max = (_magnitude(tensor, spec.group) for tensor in (k_BGND, v_BGNE))
-    return _of_heads(measures, (_magnitude(q_BHMD, 1), k_max, v_max))
+    magnitudes = (_magnitude(q, 1), _magnitude(k, spec.group), _magnitude(v, spec.group))
+    return _of_heads(measures, magnitudes)
 
 
 # -- of each tile: what takes all scores of a row --------------------------------------------------
+
+_Given = tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], Sequence[int], AttentionSpec]
+
+
+def _kept_by_tiles(given: _Given, at: Sequence[int], turn: int) -> dict[str, torch.Tensor]:
+    """`_kept` of all rows, [B,H,R] or [B,H,R,n] each."""
+    q, k, *_ = given
+    kept: dict[str, torch.Tensor] = {}
+    for tile, scored in scored_rows(*given, at):
+        for name, found in _kept(scored, turn).items():
+            if name not in kept:
+                width = (-(-k.shape[2] // BLOCK),) if name == "blocks" else found.shape[3:]
+                kept[name] = found.new_zeros(*q.shape[:2], len(at), *width)
+            # Blocks of keys that no row of the tile attends to may be missing.
+            whole = kept[name] if name != "blocks" else kept[name][..., : found.shape[-1]]
+            whole[tile] = found
+    return kept
 
 
 def _kept(scored: ScoredRows, turn: int) -> dict[str, torch.Tensor]:
@@ -189,15 +217,14 @@ def _near(scores: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
 
 
 def _sample(scored: ScoredRows, turn: int) -> torch.Tensor:
-    """Scores of each row, one of each of _OF_A_ROW equal parts of the keys that it attends to."""
+    """Scores of each row, one of each of OF_A_ROW equal parts of the keys that it attends to."""
     scores = scored.finite
-    share = ((scored.diagonal + turn) * 0.6180339887498949) % 1.0
-    part = (torch.arange(_OF_A_ROW, device=scores.device) + share[:, None].double()) / _OF_A_ROW
     if scored.attended is None:
-        places = (part * scores.shape[-1]).long()
+        every = torch.full((), scores.shape[-1], dtype=torch.int32, device=scores.device)
+        places = sampled_ranks(scored.diagonal, turn, every).long() - 1
     else:  # the place of the j-th attended key, for some j
         counts = scored.attended.counts
-        wanted = (part * counts[..., -1:]).int() + 1
+        wanted = sampled_ranks(scored.diagonal, turn, counts[..., -1:])
         counts = counts.expand(*wanted.shape[:-1], -1).contiguous()
         places = torch.searchsorted(counts, wanted).clamp_(max=scores.shape[-1] - 1)
     return scores.gather(-1, places.expand(*scores.shape[:3], -1))
@@ -207,7 +234,7 @@ def _sample(scored: ScoredRows, turn: int) -> torch.Tensor:
 
 
 def _measures(kept: dict[str, torch.Tensor], has_sink: bool) -> dict[str, torch.Tensor]:
-    """[B,H,R] by name, to be read where "counted"; "sample" [B,H,R,_OF_A_ROW] as it is."""
+    """[B,H,R] by name, to be read where "counted"; "sample" [B,H,R,OF_A_ROW] as it is."""
     blocks, rest = kept["blocks"], kept["rest"]
     keys = blocks.sum(-1)
     total = keys + rest
@@ -290,8 +317,9 @@ def _quantiles(
 ) -> torch.Tensor:
     """[B,H,levels] of [B,H,n], each the nearest of the values."""
     ordered = torch.where(counted, values, float("nan")).sort(-1).values  # NaN comes last
-    count = (~ordered.isnan()).sum(-1, keepdim=True)
-    places = ((count - 1) * values.new_tensor(levels)).round().long().clamp(min=0)
+    last = ((~ordered.isnan()).sum(-1, keepdim=True) - 1).to(values)
+    # By numbers: a tensor of levels would have to be copied to a GPU, which waits for it.
+    places = torch.cat([last * level for level in levels], -1).round().long().clamp(min=0)
     return torch.where(counted.any(-1, keepdim=True), ordered.gather(-1, places), 0.0)
 
 

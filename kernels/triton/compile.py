@@ -29,12 +29,20 @@ from adaattn_compiler.kernels.triton.launch_decode import (
     decode_constants,
 )
 from adaattn_compiler.kernels.triton.launch_lowrank import lowrank_constants
+from adaattn_compiler.kernels.triton.launch_rowproducts import row_products_constants
+from adaattn_compiler.kernels.triton.launch_statistics import (
+    SAMPLING,
+    sample_constants,
+    statistics_constants,
+)
 from adaattn_compiler.kernels.triton.source import (
     FORWARD,
     Configuration,
     decode_source,
     forward_source,
     lowrank_source,
+    row_products_source,
+    statistics_source,
 )
 
 # By the name that a torch dtype has without "torch.".
@@ -142,6 +150,47 @@ def compiled_lowrank(
         made_for.spec, dims, tiles, precision, centroids=centroids, **switches
     )
     kernel = loaded(lowrank_source(made_for)).fused_lowrank_attention
+    return compiled(kernel, made_for, types, fixed, tiles, capability)
+
+
+def compiled_statistics(
+    made_for: Configuration, dtype: str, head_dim: int, tiles: Tiles, capability: int
+) -> tuple[Compiled, Compiled]:
+    """The kernel for statistics of rows, and the one for their sampled scores."""
+    module = loaded(statistics_source(made_for))
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr"), dtype),
+        **dict.fromkeys(("sums_ptr", "near_ptr", "sink_ptr", "out_ptr"), "float32"),
+        **dict.fromkeys(("count_ptr", "step_ptr", "rank_ptr"), "int32"),
+        **dict.fromkeys(("at_ptr", "bits_ptr"), "int64"),
+    }
+    given = (made_for.spec, head_dim, tiles)
+    return (
+        compiled(
+            module.fused_row_statistics,
+            made_for,
+            types,
+            statistics_constants(*given),
+            tiles,
+            capability,
+        ),
+        compiled(
+            module.sampled_scores, made_for, types, sample_constants(*given), SAMPLING, capability
+        ),
+    )
+
+
+def compiled_row_products(
+    made_for: Configuration, dtype: str, head_dim: int, tiles: Tiles, capability: int
+) -> Compiled:
+    """The kernel for products of rows."""
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr"), dtype),
+        **dict.fromkeys(("products_ptr", "sums_ptr", "sink_ptr"), "float32"),
+        "at_ptr": "int64",
+    }
+    fixed = row_products_constants(made_for.spec, head_dim, tiles)
+    kernel = loaded(row_products_source(made_for)).fused_row_products
     return compiled(kernel, made_for, types, fixed, tiles, capability)
 
 

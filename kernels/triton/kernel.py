@@ -26,10 +26,10 @@ from adaattn_compiler.kernels.triton.plan import (
 from adaattn_compiler.kernels.triton.source import forward_source
 from adaattn_compiler.target import DeviceTarget
 
-_WIDEST_HEAD = 256
+WIDEST_HEAD = 256
 # Positions are 32-bit in the generated code.
-_LONGEST = 1 << 30
-_LEAST_CAPABILITY = (8, 0)
+LONGEST = 1 << 30
+LEAST_CAPABILITY = (8, 0)
 # Beside SDPA's own, where nothing was measured.
 _TIME, _TIME_OF_FEW_ROWS, _LESS_LIKELY = 1.2, 0.8, 0.01
 
@@ -111,14 +111,14 @@ def _refusal(problem: Problem, target: DeviceTarget) -> str | None:
         return "only on CUDA"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if target.capability is None or target.capability < _LEAST_CAPABILITY:
+    if target.capability is None or target.capability < LEAST_CAPABILITY:
         return f"not for {target.name}: sm_80 and later"
     if problem.dtype not in DTYPES:
         return f"not for {problem.dtype}"
-    if max(shape.head_dim, shape.value_dim) > _WIDEST_HEAD:
-        return f"not for head dimensions above {_WIDEST_HEAD}"
-    if max(shape.hints) > _LONGEST:
-        return f"not for lengths above {_LONGEST}"
+    if max(shape.head_dim, shape.value_dim) > WIDEST_HEAD:
+        return f"not for head dimensions above {WIDEST_HEAD}"
+    if max(shape.hints) > LONGEST:
+        return f"not for lengths above {LONGEST}"
     if spec.dropout_p > 0:
         return "no dropout"
     if problem.requires_grad and (refused := gradient_refusal(spec)):

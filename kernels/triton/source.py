@@ -23,6 +23,8 @@ _SOFTMAX = (_FOLDER / "softmax.py").read_text()
 _FORWARD = (_FOLDER / "forward.py").read_text()
 _DECODE = (_FOLDER / "decode.py").read_text()
 _LOWRANK = (_FOLDER / "lowrank.py").read_text()
+_STATISTICS = (_FOLDER / "statistics.py").read_text()
+_ROW_PRODUCTS = (_FOLDER / "rowproducts.py").read_text()
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,18 @@ def lowrank_source(made_for: Configuration) -> str:
     """A module with the kernel `fused_lowrank_attention`. NoCode: as above."""
     visits, _ = _FORWARD.split(f"@triton.jit\ndef {FORWARD}(")
     return module_source(made_for, _LOWRANK, visits, _SOFTMAX)
+
+
+@functools.cache
+def statistics_source(made_for: Configuration) -> str:
+    """A module with the kernels `fused_row_statistics` and `sampled_scores`. NoCode: as above."""
+    return module_source(made_for, _STATISTICS)
+
+
+@functools.cache
+def row_products_source(made_for: Configuration) -> str:
+    """A module with the kernel `fused_row_products`. NoCode: as above."""
+    return module_source(made_for, _ROW_PRODUCTS)
 
 
 def module_source(made_for: Configuration, *templates: str) -> str:

@@ -24,6 +24,7 @@ from adaattn_compiler.kernels.effective_rank import (
     literal_rank,
     one_head_spec,
     rank_proxy,
+    row_products,
     sampled_spectrum,
     select_rank,
 )
@@ -329,6 +330,21 @@ def test_entropy_and_norm_are_the_rank_of_uniform_blocks() -> None:
 def test_other_proxies_are_refused(uniform_then_identity: Inputs) -> None:
     with pytest.raises(ValueError, match="no rank proxy 'trace'"):
         rank_proxy("trace", *uniform_then_identity)
+
+
+@pytest.mark.parametrize("name", ["plain", "sink", "alibi", "causal padding uniform"])
+def test_products_of_rows_need_no_value_on_the_host(name: str) -> None:
+    """Meta tensors have none; they are taken for those of a GPU."""
+    problem = problem_of(name)
+    (query, key, _), operands = random_inputs(problem)
+    given = [tensor.to("meta") for tensor in (query, key, *operands)]
+    found = row_products(*given[:2], problem.spec, given[2:], problem.param_hints, rows=32)
+    assert found.device.type == "meta"
+    assert found.shape == (2, 4, 32, 32)
+    here = row_products(query, key, problem.spec, operands, problem.param_hints, rows=32)
+    trace = here.diagonal(dim1=-2, dim2=-1).sum(-1) * (90 / 32)
+    spectrum = sampled_spectrum(query, key, problem.spec, operands, problem.param_hints, rows=32)
+    torch.testing.assert_close(spectrum.total, trace)
 
 
 def test_nan_in_the_input_is_refused() -> None:
