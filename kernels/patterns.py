@@ -18,6 +18,10 @@ from adaattn_compiler.spec import Load, M, N, b, h, param
 from adaattn_compiler.spec import k as key
 from adaattn_compiler.spec import q as row
 
+# Blocks of a step of the CPU's softmax (kStepBlocks of forward.h): in the first nothing is skipped
+# without its scores.
+_FIRST_BLOCKS = 4
+
 
 def pattern_blocks(
     pattern: Pattern, rows: int, columns: int, device: torch.device | str = "cpu"
@@ -39,6 +43,20 @@ def pattern_blocks(
     if pattern.stripes:
         kept = kept | torch.isin(block, torch.tensor(pattern.stripes, device=device))
     return kept
+
+
+def nearest_first(rows: int, columns: int, tile: tuple[int, int] = (BLOCK, BLOCK)) -> torch.Tensor:
+    """Blocks of keys by their distance from the rows' own position, int64 [row blocks, key blocks];
+    the first keys, which many heads look at, among the nearest. tile: rows and keys of a block.
+
+    Where a row has met its largest score early, more of the later blocks lie far below it.
+    """
+    key = torch.arange(-(-columns // tile[1]))
+    own = ((torch.arange(0, rows, tile[0]) + columns - rows) // tile[1])[:, None]
+    distance = 2 * (own - key).abs() + (key > own)
+    # Of a causal row the last of the first step.
+    distance[:, 0] = distance[:, 0].clamp(max=2 * (_FIRST_BLOCKS - 1) - 1)
+    return distance.argsort(dim=-1, stable=True)
 
 
 def kept_blocks(decision: HeadDecision, rows: int, columns: int) -> torch.Tensor:

@@ -262,12 +262,13 @@ def skipping_attention(
     skip: torch.Tensor,
     block: tuple[int, int],
     blocks_of_step: int,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention but for blocks of keys whose weights are small: (result, what was skipped).
 
     met: bool, expands to [B,H,blocks of rows,blocks of keys], the blocks that there are, of `block`
-    rows by keys, taken in ascending order; so many of those that a row meets make a step. A row
-    skips a block if
+    rows by keys; order: int64 [blocks of rows, blocks of keys], their numbers as they are taken,
+    None: ascending; so many of those that a row meets make a step. A row skips a block if
 
         score_k < max(score_j, j in the keys met up to the end of the block's step) - skip
 
@@ -282,7 +283,11 @@ def skipping_attention(
     missing = blocks * block[1] - columns
     padded = torch.nn.functional.pad(scores[..., :columns], (0, missing), value=float("-inf"))
     largest = padded.unflatten(-1, (blocks, block[1])).amax(-1).masked_fill(~seen, float("-inf"))
-    step = (seen.cumsum(-1) - 1) // blocks_of_step
+    if order is None:
+        order = torch.arange(blocks).expand(met.shape[2:])
+    order = order.repeat_interleave(block[0], 0)[:rows].expand(seen.shape)
+    place = seen.gather(-1, order).cumsum(-1).gather(-1, order.argsort(-1)) - 1
+    step = place // blocks_of_step
     so_far = torch.stack(
         [
             largest.masked_fill(step > step[..., i : i + 1], float("-inf")).amax(-1)

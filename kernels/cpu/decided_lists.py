@@ -10,9 +10,9 @@ import torch
 from adaattn_compiler.decision import HeadDecision
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
 from adaattn_compiler.kernels.cpu.parts import Part, PartLists
-from adaattn_compiler.kernels.cpu.plans import BLOCK, Order, lists_by_head, nearest_first
+from adaattn_compiler.kernels.cpu.plans import BLOCK, Order, lists_by_head
 from adaattn_compiler.kernels.cpu.runner import FEW_ROWS
-from adaattn_compiler.kernels.patterns import kept_blocks, sees_itself
+from adaattn_compiler.kernels.patterns import kept_blocks, nearest_first, sees_itself
 from adaattn_compiler.spec import AttentionSpec
 
 

@@ -10,12 +10,7 @@ import sympy
 import torch
 
 from adaattn_compiler.kernels.blocks import BlockStructure
-from adaattn_compiler.kernels.cpu.call import (
-    SCORES_IN_BFLOAT16,
-    STEP_BLOCKS,
-    VALUES_IN_BFLOAT16,
-    Plan,
-)
+from adaattn_compiler.kernels.cpu.call import SCORES_IN_BFLOAT16, VALUES_IN_BFLOAT16, Plan
 from adaattn_compiler.runtime.state import Column
 from adaattn_compiler.spec import AttentionSpec, Load, OperandSpec, b, h, k, q
 
@@ -65,20 +60,6 @@ class Order:
         """The numbers of the blocks that are seen, one after another; seen: in this order."""
         _, head, row, place = seen.nonzero().unbind(1)
         return torch.where(self.heads[head], self.ranked[row, place], place)
-
-
-def nearest_first(rows: int, columns: int) -> torch.Tensor:
-    """Key blocks by their distance from the rows' own position, int64 [row blocks, key blocks];
-    the first keys, which many heads look at, among the nearest ones.
-
-    Where a row has met its largest score early, more of the later blocks lie far below it.
-    """
-    key = torch.arange(-(-columns // BLOCK[1]))
-    own = ((torch.arange(0, rows, BLOCK[0]) + columns - rows) // BLOCK[1])[:, None]
-    distance = 2 * (own - key).abs() + (key > own)
-    # The last of a causal row's first step.
-    distance[:, 0] = distance[:, 0].clamp(max=2 * (STEP_BLOCKS - 1) - 1)
-    return distance.argsort(dim=-1, stable=True)
 
 
 def every_block(blocks: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:

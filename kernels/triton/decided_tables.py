@@ -18,7 +18,12 @@ import torch
 from adaattn_compiler.decision import BLOCK, HeadDecision, KeyBasis
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
 from adaattn_compiler.kernels.decided import DecidedPlan
-from adaattn_compiler.kernels.patterns import kept_blocks, pattern_blocks, sees_itself
+from adaattn_compiler.kernels.patterns import (
+    kept_blocks,
+    nearest_first,
+    pattern_blocks,
+    sees_itself,
+)
 from adaattn_compiler.kernels.triton.decided_plan import GpuDecisions, decisions_of
 from adaattn_compiler.kernels.triton.launch_lowrank import FarTable
 from adaattn_compiler.kernels.triton.tables import BlockTable
@@ -136,14 +141,21 @@ def without_bases(plan: str) -> str:
 # -- lists of blocks -------------------------------------------------------------------------------
 
 
-def lists_of(seen: torch.Tensor, cut: torch.Tensor) -> BlockTable:
-    """Lists of the blocks seen, bool [B,H,Qb,Kb], of which those in `cut` [Qb,Kb] are masked."""
+def lists_of(
+    seen: torch.Tensor, cut: torch.Tensor, ranked: torch.Tensor | None = None
+) -> BlockTable:
+    """Lists of the blocks seen, bool [B,H,Qb,Kb], of which those in `cut` [Qb,Kb] are masked.
+
+    ranked: int64 [Qb,Kb], the numbers of blocks in the order in which whole ones are met; None:
+    ascending.
+    """
     whole, masked = seen & ~cut, seen & cut
     blocks = seen.shape[-1]
     index = torch.arange(blocks, device=seen.device, dtype=torch.int32)
+    rank = index if ranked is None else ranked.argsort(-1).to(torch.int32)
     # Whole ones first, then masked ones, then those that are not there.
-    order = torch.where(whole, 0, torch.where(masked, blocks, 2 * blocks)).to(torch.int32) + index
-    listed = (order.sort(-1).values % max(blocks, 1)).flatten()
+    order = torch.where(whole, rank, index + torch.where(masked, blocks, 2 * blocks))
+    listed = order.argsort(-1).to(torch.int32).flatten()
     counts = [each.sum(-1, dtype=torch.int32) for each in (whole, masked)]
     lines = counts[0].numel()
     first = torch.arange(lines, device=seen.device, dtype=torch.int32).reshape(counts[0].shape)
@@ -153,10 +165,16 @@ def lists_of(seen: torch.Tensor, cut: torch.Tensor) -> BlockTable:
 
 
 def spread(blocks: torch.Tensor, tile: tuple[int, int], counts: tuple[int, int]) -> torch.Tensor:
-    """Blocks of BLOCK rows and keys [...,x,y] as those of tiles, of which there are so many."""
+    """Blocks of BLOCK rows and keys [...,x,y] as those of tiles, of which there are so many. A tile
+    of several blocks has what any of them has."""
     for axis, size, count in zip((-2, -1), tile, counts, strict=True):
-        if size != BLOCK:
+        if size < BLOCK:
             blocks = blocks.repeat_interleave(BLOCK // size, axis).narrow(axis, 0, count)
+        elif size > BLOCK:
+            missing = count * (size // BLOCK) - blocks.shape[axis]
+            room = (0, missing) if axis == -1 else (0, 0, 0, missing)
+            padded = torch.nn.functional.pad(blocks, room)
+            blocks = padded.unflatten(axis, (count, size // BLOCK)).any(axis)
     return blocks
 
 
@@ -189,11 +207,11 @@ def table_shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and type of each table that there is, by name; tensors are in this order.
 
-    exact, fixed, near: `BlockTable`s of heads that are exact, that have patterns, and of what is
-    near where means stand for the rest; far: the `FarTable` of that. Where blocks are chosen in a
-    call: what heads meet otherwise (kept), what the mask leaves (allowed) and what of it it does
-    not cut (whole), in blocks of BLOCK; where nothing may be left out (forced); and of tiles those
-    that the mask leaves (tiles) or cuts.
+    exact, fixed, near: `BlockTable`s of heads that are exact, that have patterns or skip, and of
+    what is near where means stand for the rest; far: the `FarTable` of that. Where blocks are
+    chosen in a call: what heads meet otherwise (kept), what the mask leaves (allowed) and what of
+    it it does not cut (whole), in blocks of BLOCK; where nothing may be left out (forced); and of
+    tiles those that the mask leaves (tiles) or cuts.
     """
     counts = tile_counts(found, rows, columns)
     lines, heads = counts[0] * counts[1], len(found.of_heads)
@@ -211,7 +229,7 @@ def table_shapes(
         shapes["kept"] = ((heads, *blocks), masks)
         shapes |= dict.fromkeys(("allowed", "whole", "forced"), (blocks, masks))
         shapes |= dict.fromkeys(("tiles", "cut"), (counts, masks))
-    elif found.patterned:
+    elif found.patterned or found.skips:
         listed("fixed", len(_kinds(found, "pattern")), heads)
     if found.pools:
         kinds = len(_kinds(found, "pooling"))
@@ -252,8 +270,11 @@ def tables_by_name(
     def in_tiles(blocks: torch.Tensor) -> torch.Tensor:
         return spread(blocks, (tiles.rows, tiles.keys), counts) & left
 
-    def by_kind(part: str, blocks: Sequence[torch.Tensor]) -> BlockTable:
-        return _by_head(found, part, lists_of(in_tiles(torch.stack(list(blocks)))[None], cut))
+    def by_kind(
+        part: str, blocks: Sequence[torch.Tensor], ranked: torch.Tensor | None = None
+    ) -> BlockTable:
+        seen = in_tiles(torch.stack(list(blocks)))[None]
+        return _by_head(found, part, lists_of(seen, cut, ranked))
 
     every = [HeadDecision(pattern=pattern) for pattern in _kinds(found, "pattern")]
     patterns = [kept_blocks(each, rows, columns) for each in every]
@@ -261,9 +282,10 @@ def tables_by_name(
     far = [structure.full & ~blocks for blocks in near]
     of_far = by_kind("pooling", far)
     heads = torch.stack([kept_blocks(head, rows, columns) for head in found.plan.heads])
+    ranked = nearest_first(rows, columns, (tiles.rows, tiles.keys)) if found.skips else None
     lists: dict[str, BlockTable | FarTable] = {
         "exact": lists_of(left[None, None], cut),
-        "fixed": by_kind("pattern", [allowed & (blocks | forced) for blocks in patterns]),
+        "fixed": by_kind("pattern", [allowed & (blocks | forced) for blocks in patterns], ranked),
         "near": by_kind("pooling", near),
         "far": FarTable(_far_lines(of_far.table), of_far.blocks),
     }

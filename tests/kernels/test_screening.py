@@ -11,9 +11,10 @@ import torch
 from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.cpu import library as libraries
 from adaattn_compiler.kernels.cpu.call import SCORES_IN_BFLOAT16, STEP_BLOCKS, Plan
-from adaattn_compiler.kernels.cpu.plans import BLOCK, Order, lists_by_head, nearest_first
+from adaattn_compiler.kernels.cpu.plans import BLOCK, Order, lists_by_head
 from adaattn_compiler.kernels.cpu.runner import CppRunner
 from adaattn_compiler.kernels.cpu.source import Configuration
+from adaattn_compiler.kernels.patterns import nearest_first
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, M, N, S, k, q
 
 HEADS, GROUP = 4, 2
@@ -156,6 +157,11 @@ def test_rows_stand_at_the_end_of_the_keys() -> None:
     order = nearest_first(65, 640)
     assert order[:, 0].tolist() == [8, 9]
     assert all(sorted(row) == list(range(10)) for row in order.tolist())
+
+
+def test_tiles_of_other_sizes() -> None:
+    assert nearest_first(128, 128, (64, 32))[1].tolist() == [2, 1, 3, 0]
+    assert nearest_first(64, 128, (16, 64)).tolist() == [[1, 0]] * 4
 
 
 def test_only_heads_that_skip_are_in_that_order() -> None:
