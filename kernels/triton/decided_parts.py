@@ -33,7 +33,7 @@ def through_landmarks(
     flags: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Write heads to `out` [B,H,M,E]; whose values came out too large or NaN, bool [B,H].
+    """Write heads to `out` [B,H,M,E]; which of them had values too large or NaN, bool [B,H].
 
     plan: of the exact attention, without mask, bias and sink. heads: the numbers of the way's;
     flags: int32 [B,H], above 0 where they are computed. Landmarks of rows get what they get
@@ -74,7 +74,7 @@ def through_landmarks(
         out=out,
     )
     fits = (values.abs() <= _largest(way, values.dtype)).flatten(2).all(-1)
-    return ~_heads(fits, places)
+    return (flags > 0) & ~_heads(fits, places)
 
 
 def _heads(tensor: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

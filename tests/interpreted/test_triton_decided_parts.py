@@ -63,8 +63,8 @@ NEAR_IN_BASIS = dataclasses.replace(IN_BASIS, pattern=Pattern(0))
 
 
 def bidirectional(batch: int = 1, group: int = 1, dtype: torch.dtype = torch.float32) -> Problem:
-    """Ragged: 20 rows and 150 keys."""
-    return problem_named("plain", dtype, batch=batch, rows=20, columns=LONGER, group=group)
+    """Ragged: 20 rows and 100 keys."""
+    return problem_named("plain", dtype, batch=batch, rows=20, group=group)
 
 
 # -- in a basis ------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def bidirectional(batch: int = 1, group: int = 1, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("name", ["gqa", "alibi", "sink", "dense bias", "padding"])
 def test_scores_in_a_basis_of_keys(name: str) -> None:
-    problem = problem_named(name, batch=2 if name == "gqa" else 1)
+    problem = problem_named(name)
     patterned = IN_BASIS if name == "padding" else NEAR_IN_BASIS
     other = HeadDecision(basis=basis(8, 1))
     heads = (IN_BASIS, patterned, other, EXACT)
@@ -134,9 +134,8 @@ def assert_through_landmarks(
             assert wrong <= 4 * allowed + 1e-6
 
 
-@pytest.mark.parametrize("group", [1, 2])
-def test_all_rows_and_keys_through_landmarks(group: int) -> None:
-    problem = bidirectional(group=group)
+def test_all_rows_and_keys_through_landmarks() -> None:
+    problem = bidirectional(group=2)
     heads = (LANDMARKS, WINDOW, HeadDecision(nystrom=Nystrom(64)), LANDMARKS)
     ours = through(problem, gpu_plan(problem, heads))
     assert_through_landmarks(problem, heads, ours)
@@ -190,14 +189,15 @@ def test_values_of_landmarks_that_float16_cannot_hold_are_seen_without_an_audit(
     tensors, _ = random_inputs(problem)
     tensors[2][:, 0] *= 1e4
     narrow = dataclasses.replace(LANDMARKS, scores=HALF.scores, values=HALF.values)
-    plan, state = gpu_plan(problem, (narrow, narrow, EXACT, EXACT)), new_state(4)
+    plan, state = gpu_plan(problem, (narrow, narrow, IN_BASIS, EXACT)), new_state(4)
     assert flags_in(plan, *tensors) == [[1] * 4]
     ours, exact = (
         attention_as_decided(*tensors, [], (), flags_of(problem, flag), to, plan.serialize())
         for flag, to in ((1, state), (0, new_state(4)))
     )
     assert torch.equal(ours[:, 0], exact[:, 0])
-    assert not torch.equal(ours[:, 1], exact[:, 1])
+    for head in (1, 2):  # what is lost of one says nothing of the others
+        assert not torch.equal(ours[:, head], exact[:, head])
     assert ours.isfinite().all()
     assert [head.failed_audit for head in head_stats(state)] == [1, 0, 0, 0]
 
