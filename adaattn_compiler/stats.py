@@ -43,7 +43,8 @@ class Stats:
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [_HEADER]
         for site in self.sites:
-            rows += [_row(site.label, i, head) for i, head in enumerate(site.heads)]
+            gathers = site.online is not None
+            rows += [_row(site.label, i, head, gathers) for i, head in enumerate(site.heads)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = (
             "  ".join(
@@ -89,7 +90,11 @@ def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(s), "") if s.isdecimal() else (1, 0, s) for s in steps)
 
 
-def _row(label: str, head: int, found: HeadStats) -> tuple[str, ...]:
+def _row(label: str, head: int, found: HeadStats, gathers: bool) -> tuple[str, ...]:
+    """gathers: whether calls may have been exact to learn from them."""
     errors = ("" if e is None else f"{e:.2e}" for e in (found.error, found.worst))
     counts = (found.calls, found.as_decided, found.left_envelope, found.failed_audit, found.audits)
-    return label, str(head), *map(str, counts), *errors, "demoted" if found.demoted else ""
+    said = "demoted" if found.demoted else ""
+    if found.nothing_left_out and not gathers:
+        said = f"exact in {found.nothing_left_out}: no pattern at their lengths"
+    return label, str(head), *map(str, counts), *errors, said
