@@ -8,7 +8,7 @@ import torch
 
 from adaattn_compiler.kernels.online_stats import OnlineStats, online_stats
 from adaattn_compiler.runtime.state import HeadStats, head_stats
-from adaattn_compiler.runtime.states import STATES, StateKey
+from adaattn_compiler.runtime.states import ONLINE, STATES, StateKey
 
 _HEADER = (
     *("site", "head", "calls", "as decided", "out of range", "failed audit"),
@@ -33,18 +33,26 @@ class SiteStats:
         name = self.name or "(root)"
         return f"{name}#{self.ordinal}" if self.ordinal else name
 
+    @property
+    def origin(self) -> str:
+        """Where its decisions are from, which tells it apart under another policy."""
+        return self.policy if self.policy == ONLINE else f"policy {self.policy}"
+
 
 @dataclass(frozen=True)
 class Stats:
-    """Of a model: its sites in the order of their names. `print` it for a table."""
+    """Of a model: its sites in the order of their names. `print` it for a table, which names the
+    policies where the model ran under several."""
 
     sites: tuple[SiteStats, ...]
 
     def __str__(self) -> str:
+        several = len({site.policy for site in self.sites}) > 1
+        labels = [f"{s.label} ({s.origin})" if several else s.label for s in self.sites]
         rows: list[tuple[str, ...]] = [_HEADER]
-        for site in self.sites:
+        for label, site in zip(labels, self.sites, strict=True):
             gathers = site.online is not None
-            rows += [_row(site.label, i, head, gathers) for i, head in enumerate(site.heads)]
+            rows += [_row(label, i, head, gathers) for i, head in enumerate(site.heads)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = (
             "  ".join(
@@ -53,7 +61,11 @@ class Stats:
             ).rstrip()
             for row in rows
         )
-        online = (f"{s.label}: {s.online}" for s in self.sites if s.online is not None)
+        online = (
+            f"{label}: {site.online}"
+            for label, site in zip(labels, self.sites, strict=True)
+            if site.online is not None
+        )
         return "\n".join([*lines, *online])
 
 
@@ -75,7 +87,9 @@ def stats(model: torch.nn.Module) -> Stats:
             "not counted)"
         )
     sites = (_site(key, state) for key, state in found)
-    return Stats(tuple(sorted(sites, key=lambda site: (_natural(site.name), site.ordinal))))
+    return Stats(
+        tuple(sorted(sites, key=lambda site: (_natural(site.name), site.ordinal, site.policy)))
+    )
 
 
 def _site(key: StateKey, state: torch.Tensor) -> SiteStats:
