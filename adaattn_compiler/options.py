@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adaattn_compiler.policy import Policy, PolicyError
-
-log = logging.getLogger("adaattn_compiler")
+from adaattn_compiler.said import warn_once
 
 _KNOWN_KERNELS = ("sdpa", "strips", "flex", "cpp", "triton", "cudnn", "flash", "efficient")
 
@@ -150,18 +147,11 @@ def _from_environment() -> dict[str, Any]:
     ours = [variable for variable in os.environ if variable.startswith(_PREFIX)]
     for variable in ours:
         if variable not in variables and not variable.startswith(_BENCHMARKS_PREFIX):
-            _warn_once(variable, tuple(variables))
+            warn_once(
+                f"{variable} in the environment is not known{_nearest(variable, variables)} and "
+                f"does nothing: known are {', '.join(variables)}"
+            )
     return found
-
-
-@functools.cache
-def _warn_once(variable: str, known: tuple[str, ...]) -> None:
-    log.warning(
-        "%s in the environment is not known%s and does nothing: known are %s",
-        variable,
-        _nearest(variable, known),
-        ", ".join(known),
-    )
 
 
 def _parsed(name: str, text: str) -> Any:
