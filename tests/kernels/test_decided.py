@@ -10,6 +10,7 @@ import policies
 import pytest
 import sympy
 import torch
+from check import assert_as_accurate
 from decided_plans import BF16, MIXED, WINDOW, flags_of, plan_for
 from specs import SPECS, problem_of, random_inputs
 
@@ -176,6 +177,21 @@ def test_the_library_does_in_one_call_what_the_steps_do(name: str, rows: int) ->
     assert [bool(head.audits) for head in head_stats(whole)] == [True, *[rows == 90] * 3]
     rounds = torch.cpu._is_avx512_bf16_supported()
     assert bool(whole[2, Column.DEMOTED]) == (rows == 90 and rounds)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_an_open_envelope_lets_no_number_overflow(which: int) -> None:
+    problem = problem_of("gqa", rows=90, columns=90)
+    tensors, operands = random_inputs(problem)
+    tensors[which][..., 7, 3] = torch.finfo(torch.float32).max
+    if which == 1:
+        tensors[0][..., 3] *= 1e-38
+    ours = DecidedRunner(plan_for(problem))(*tensors, operands, (), flags_of(problem), new_state(4))
+    exact = cpp_runner(plan_of(problem))(*tensors, operands, ())
+    assert exact.isfinite().all()
+    wide = [tensor.double() for tensor in tensors]
+    oracle = reference_attention(*wide, operands, (), problem.spec)
+    assert_as_accurate(ours[:, 2], exact[:, 2], oracle[:, 2])  # that of fewer bits
 
 
 @pytest.mark.parametrize(
