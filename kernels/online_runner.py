@@ -20,6 +20,7 @@ from adaattn_compiler.kernels.heuristic import nearest, ranks_of, seed_decisions
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.online import (
     ALL_EXACT,
+    MOST_TRIALS,
     WORTH,
     Array,
     Count,
@@ -125,9 +126,13 @@ class OnlineRunner:
     def _exactly(self, given: Tensors, state: torch.Tensor) -> torch.Tensor:
         """Where all heads are exact; some calls later, what was not faster once is tried again."""
         q, k, v = given[:3]
-        exact, memory = self._base(*given), Memory.of(self.plan, state)
+        exact, numbers = self._base(*given), state.numpy()
         with self._lock:
-            state.numpy()[: self.plan.heads, Column.CALLS] += q.shape[0]
+            numbers[: self.plan.heads, Column.CALLS] += q.shape[0]
+        if not 0 < numbers[self.plan.heads :].flat[Count.TRIALS] < MOST_TRIALS:
+            return exact
+        memory = Memory.of(self.plan, state)
+        with self._lock:
             due = memory.is_due(self.plan, q.shape[2], k.shape[2])
         if due and all_finite(q, k, v):
             self._decide(given, memory)
