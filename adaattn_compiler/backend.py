@@ -81,7 +81,7 @@ def adaattn(
 
 def _warn_of_idle_policy(policy: Policy | None, sites: Sequence[SiteRecord]) -> None:
     """A policy that none of a graph's sites follows is likely to be another model's."""
-    refused = [site.refused for site in sites if site.refused is not None]
+    refused = [s.refused for s in sites if s.refused is not None and s.decision == "exact"]
     if policy is not None and refused and len(refused) == sum(site.lowered for site in sites):
         log.warning(
             "policy %s: none of the %d attentions of a graph follows it, they are exact (%s); "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adaattn_compiler.policy import Policy, PolicyError
-
-log = logging.getLogger("adaattn_compiler")
+from adaattn_compiler.said import warn_once
 
 _KNOWN_KERNELS = ("sdpa", "strips", "flex", "cpp", "triton", "cudnn", "flash", "efficient")
 
@@ -96,7 +94,8 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
             raise ValueError(f"option {key!r}: the name of an option must be a string")
         if key in Options.names():
             try:
-                ours[key] = _checked(key, value)
+                is_file = key == "policy" and isinstance(value, (str, os.PathLike))
+                ours[key] = _kept(value, given) if is_file else _checked(key, value)
             except ValueError as error:
                 raise ValueError(f"option {key}={value!r}: {error}") from None
         elif key.replace("-", "_") in _inductors_names():
@@ -150,18 +149,11 @@ def _from_environment() -> dict[str, Any]:
     ours = [variable for variable in os.environ if variable.startswith(_PREFIX)]
     for variable in ours:
         if variable not in variables and not variable.startswith(_BENCHMARKS_PREFIX):
-            _warn_once(variable, tuple(variables))
+            warn_once(
+                f"{variable} in the environment is not known{_nearest(variable, variables)} and "
+                f"does nothing: known are {', '.join(variables)}"
+            )
     return found
-
-
-@functools.cache
-def _warn_once(variable: str, known: tuple[str, ...]) -> None:
-    log.warning(
-        "%s in the environment is not known%s and does nothing: known are %s",
-        variable,
-        _nearest(variable, known),
-        ", ".join(known),
-    )
 
 
 def _parsed(name: str, text: str) -> Any:
@@ -203,6 +195,43 @@ def _checked(key: str, value: Any) -> Any:
         raise ValueError("it must be a path" + (", or a Policy" if key == "policy" else ""))
     path = Path(value).expanduser()
     return _loaded(path) if key == "policy" else path
+
+
+class _Given:
+    """Options as one call of torch.compile hands them over with each of its graphs: the same
+    mapping each time."""
+
+    def __init__(self, options: Mapping[str, Any] | None) -> None:
+        self._options = options  # kept alive, so that no other takes its place in memory
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Given) and self._options is other._options
+
+    def __hash__(self) -> int:
+        return id(self._options)
+
+
+def _kept(value: str | os.PathLike[str], given: Mapping[str, Any] | None) -> Policy:
+    """The policy of a file as it was when the first graph was compiled with these options: a file
+    that changes between two graphs must not make a model of two policies. That it has is said."""
+    path = Path(value).expanduser()
+    first = _first_read(path, _Given(given))
+    try:
+        changed = Policy.load(path).key() != first.key()
+    except PolicyError:
+        changed = True
+    if changed:
+        warn_once(
+            f"policy {path} has changed since a first graph was compiled with these options: "
+            f"further graphs go by what it was (policy {first.key()}); call torch.compile again, "
+            "with options of its own, for what it is now"
+        )
+    return first
+
+
+@functools.lru_cache(maxsize=64)
+def _first_read(path: Path, given: _Given) -> Policy:
+    return _loaded(path)
 
 
 def _loaded(path: Path) -> Policy:

@@ -8,7 +8,7 @@ import torch
 
 from adaattn_compiler.kernels.online_stats import OnlineStats, online_stats
 from adaattn_compiler.runtime.state import HeadStats, head_stats
-from adaattn_compiler.runtime.states import STATES, StateKey
+from adaattn_compiler.runtime.states import ONLINE, STATES, StateKey
 
 _HEADER = (
     *("site", "head", "calls", "as decided", "out of range", "failed audit"),
@@ -33,17 +33,26 @@ class SiteStats:
         name = self.name or "(root)"
         return f"{name}#{self.ordinal}" if self.ordinal else name
 
+    @property
+    def origin(self) -> str:
+        """Where its decisions are from, which tells it apart under another policy."""
+        return self.policy if self.policy == ONLINE else f"policy {self.policy}"
+
 
 @dataclass(frozen=True)
 class Stats:
-    """Of a model: its sites in the order of their names. `print` it for a table."""
+    """Of a model: its sites in the order of their names. `print` it for a table, which names the
+    policies where the model ran under several."""
 
     sites: tuple[SiteStats, ...]
 
     def __str__(self) -> str:
+        several = len({site.policy for site in self.sites}) > 1
+        labels = [f"{s.label} ({s.origin})" if several else s.label for s in self.sites]
         rows: list[tuple[str, ...]] = [_HEADER]
-        for site in self.sites:
-            rows += [_row(site.label, i, head) for i, head in enumerate(site.heads)]
+        for label, site in zip(labels, self.sites, strict=True):
+            gathers = site.online is not None
+            rows += [_row(label, i, head, gathers) for i, head in enumerate(site.heads)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = (
             "  ".join(
@@ -52,7 +61,11 @@ class Stats:
             ).rstrip()
             for row in rows
         )
-        online = (f"{s.label}: {s.online}" for s in self.sites if s.online is not None)
+        online = (
+            f"{label}: {site.online}"
+            for label, site in zip(labels, self.sites, strict=True)
+            if site.online is not None
+        )
         return "\n".join([*lines, *online])
 
 
@@ -74,7 +87,9 @@ def stats(model: torch.nn.Module) -> Stats:
             "not counted)"
         )
     sites = (_site(key, state) for key, state in found)
-    return Stats(tuple(sorted(sites, key=lambda site: (_natural(site.name), site.ordinal))))
+    return Stats(
+        tuple(sorted(sites, key=lambda site: (_natural(site.name), site.ordinal, site.policy)))
+    )
 
 
 def _site(key: StateKey, state: torch.Tensor) -> SiteStats:
@@ -89,7 +104,11 @@ def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(s), "") if s.isdecimal() else (1, 0, s) for s in steps)
 
 
-def _row(label: str, head: int, found: HeadStats) -> tuple[str, ...]:
+def _row(label: str, head: int, found: HeadStats, gathers: bool) -> tuple[str, ...]:
+    """gathers: whether calls may have been exact to learn from them."""
     errors = ("" if e is None else f"{e:.2e}" for e in (found.error, found.worst))
     counts = (found.calls, found.as_decided, found.left_envelope, found.failed_audit, found.audits)
-    return label, str(head), *map(str, counts), *errors, "demoted" if found.demoted else ""
+    said = "demoted" if found.demoted else ""
+    if found.nothing_left_out and not gathers:
+        said = f"exact in {found.nothing_left_out}: no pattern at their lengths"
+    return label, str(head), *map(str, counts), *errors, said

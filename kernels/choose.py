@@ -23,7 +23,7 @@ from adaattn_compiler.kernels import ops
 from adaattn_compiler.kernels.cpu.kernel import CppKernel
 from adaattn_compiler.kernels.device import is_present, target_here
 from adaattn_compiler.kernels.flex import FlexKernel
-from adaattn_compiler.kernels.measure import first_line, measured, warn_once
+from adaattn_compiler.kernels.measure import first_line, measured
 from adaattn_compiler.kernels.problem import Kernel, Problem
 from adaattn_compiler.kernels.sdpa import SdpaKernel
 from adaattn_compiler.kernels.strips import StripsKernel
@@ -33,6 +33,7 @@ from adaattn_compiler.kernels.triton.kernel import TritonKernel
 from adaattn_compiler.kernels.triton.op import triton_attention
 from adaattn_compiler.options import Options
 from adaattn_compiler.runtime.state import HEADS_ONLY, StateForm
+from adaattn_compiler.said import warn_once
 from adaattn_compiler.spec import Refusal
 
 log = logging.getLogger("adaattn_compiler")

@@ -11,6 +11,7 @@ import torch
 from adaattn_compiler.decision import HeadDecision, Precision
 from adaattn_compiler.kernels import decided_op
 from adaattn_compiler.kernels.cpu.decided import decided_runner
+from adaattn_compiler.kernels.cpu.decided_lists import decisions_at
 from adaattn_compiler.kernels.cpu.kernel import CppKernel
 from adaattn_compiler.kernels.cpu.runner import plan_of
 from adaattn_compiler.kernels.decided import DecidedPlan
@@ -70,6 +71,12 @@ class DecidedKernel:
             budgets=self.site.budget,
             rows=self.rows,
         )
+
+    def applied(self, problem: Problem) -> tuple[tuple[HeadDecision, ...], str]:
+        """What the heads do at the lengths of the problem, and why where that is not all."""
+        _, rows, columns = problem.shape.hints
+        heads = self.site.decision.heads
+        return decisions_at(problem.spec, heads, (rows, columns), problem.param_hints)
 
     def build(self, problem: Problem) -> Attention:
         text = self.plan(problem).serialize()

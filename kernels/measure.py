@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 
 from adaattn_compiler.kernels.device import replayed, seconds_of
 from adaattn_compiler.kernels.problem import Kernel, Problem, Sizes
+from adaattn_compiler.said import warn_once
 
 log = logging.getLogger("adaattn_compiler")
 
@@ -25,12 +25,6 @@ _LONG = 0.2
 _HOPELESS = 2.0
 # A kernel's rounds differ by no more than this where nothing else disturbs them.
 _STEADY = 1.6
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """The same fault of a kernel is met with every problem: once is enough."""
-    log.warning(message)
 
 
 def first_line(error: Exception) -> str:

@@ -34,14 +34,20 @@ SHARE = 0.8
 _TRIES = 3
 # What takes more than this share of the exact kernel's time is not worth being inexact for.
 WORTH = 0.95
+# How often a choice is timed before it is exact for good: the machine may have been busy.
+MOST_TRIALS = 4
+# Values of Count.DECIDED.
+BY_HEAD, ALL_EXACT = 1, 2
 
 Array = npt.NDArray[Any]
 
 
 class Count(enum.IntEnum):
     """begun, ended: calls that gather. measured: of these, calls from which something was learned.
-    decided: 1 from then on. rows, columns: the least and most that were seen. exact, decided
-    seconds: of the last call that gathered, by the exact kernel, and as decided with its guards."""
+    decided: 1 from then on, 2 as long as all heads are exact. rows, columns: the least and most
+    that were seen. exact, decided seconds: of the last call that was timed, by the exact kernel and
+    as decided with its guards. trials: how often a choice was timed so and was not faster. waited:
+    calls since the last."""
 
     BEGUN = 0
     ENDED = 1
@@ -53,6 +59,8 @@ class Count(enum.IntEnum):
     MOST_COLUMNS = 7
     EXACT_SECONDS = 8
     DECIDED_SECONDS = 9
+    TRIALS = 10
+    WAITED = 11
 
 
 @dataclass(frozen=True)
@@ -201,15 +209,35 @@ class Memory:
         self.counts[Count.MEASURED] += 1
 
     def settle(self, chosen: Array, exact: float, decided: float) -> None:
-        """Decided, from now on."""
+        """Decided, from now on or until the next trial. decided: 0 where nothing was timed."""
         self.chosen[:] = chosen
+        self.counts[Count.TRIALS] += bool(decided) and not chosen.any()
+        self.counts[Count.WAITED] = 0
         self.counts[Count.EXACT_SECONDS] = exact
         self.counts[Count.DECIDED_SECONDS] = decided
-        self.counts[Count.DECIDED] = 1  # last: other threads may go by it
+        # Last: other threads may go by it.
+        self.counts[Count.DECIDED] = BY_HEAD if chosen.any() else ALL_EXACT
 
     @property
     def decided(self) -> bool:
         return bool(self.counts[Count.DECIDED])
+
+    @property
+    def may_try_again(self) -> bool:
+        """Whether a choice that was not faster is timed again, later."""
+        is_exact = self.counts[Count.DECIDED] == ALL_EXACT
+        return bool(is_exact and 0 < self.counts[Count.TRIALS] < MOST_TRIALS)
+
+    def is_due(self, plan: OnlinePlan, rows: int, columns: int) -> bool:
+        """Count a call of these lengths; whether it is the one that tries again."""
+        likely = rows in self.lengths[0] and columns in self.lengths[1]
+        if not (self.may_try_again and likely):
+            return False
+        self.counts[Count.WAITED] += 1
+        if self.counts[Count.WAITED] < plan.calls:
+            return False
+        self.counts[Count.WAITED] = 0
+        return True
 
     @property
     def lengths(self) -> tuple[range, range]:

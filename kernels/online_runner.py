@@ -19,6 +19,8 @@ from adaattn_compiler.kernels.envelope import guard_statistics, names
 from adaattn_compiler.kernels.heuristic import nearest, ranks_of, seed_decisions
 from adaattn_compiler.kernels.kept import Kept
 from adaattn_compiler.kernels.online import (
+    ALL_EXACT,
+    MOST_TRIALS,
     WORTH,
     Array,
     Count,
@@ -41,7 +43,7 @@ _KEPT_SITES = 512
 # Turns of audits that a call looks at.
 _TURNS = 16
 # Rounds that are timed: at least so many, more while they take no longer than this together. What
-# is chosen is timed once, and with more care: a machine that is busy must not undo it for good.
+# is chosen is timed a few times in all, and with more care: a busy machine must not undo it.
 _ROUNDS, _SECONDS = 2, 0.05
 _LAST_ROUNDS, _LAST_SECONDS = 5, 0.5
 _MOST_ROUNDS = 20
@@ -55,10 +57,9 @@ def online_runner(plan: str) -> OnlineRunner:
 
 @dataclass(frozen=True)
 class _Site:
-    """What a site has decided; runner: None where all heads are exact. rows, columns: lengths at
-    which it holds."""
+    """What a site has decided. rows, columns: lengths at which it holds."""
 
-    runner: DecidedRunner | None
+    runner: DecidedRunner
     rows: range
     columns: range
 
@@ -90,6 +91,8 @@ class OnlineRunner:
             return attention_by_rows(q, k, v, operands, params, self._base.spec)
         given: Tensors = (q, k, v, operands, params)
         further = state.numpy()[self.plan.heads :]
+        if further.flat[Count.DECIDED] == ALL_EXACT:
+            return self._exactly(given, state)
         if further.flat[Count.DECIDED]:
             # What was gathered does not change any more: it is the key to what is made of it.
             site = self._sites.get(further.tobytes(), lambda: self._site(state))
@@ -110,10 +113,6 @@ class OnlineRunner:
     def _as_decided(self, given: Tensors, site: _Site, heads: torch.Tensor) -> torch.Tensor:
         """heads: their rows of the state."""
         q, k, v, operands, params = given
-        if site.runner is None:
-            with self._lock:
-                heads.numpy()[:, Column.CALLS] += q.shape[0]
-            return self._base(*given)
         flags = site.runner.check(q, k, v, heads)
         if q.shape[2] not in site.rows or k.shape[2] not in site.columns:
             flags.clamp_(max=LEFT_ENVELOPE)
@@ -121,10 +120,23 @@ class OnlineRunner:
 
     def _site(self, state: torch.Tensor) -> _Site:
         memory = Memory.of(self.plan, state)
-        runner = None
-        if memory.chosen.any():
-            runner = DecidedRunner(decided_plan(self.plan, memory, memory.chosen))
+        runner = DecidedRunner(decided_plan(self.plan, memory, memory.chosen))
         return _Site(runner, *memory.lengths)
+
+    def _exactly(self, given: Tensors, state: torch.Tensor) -> torch.Tensor:
+        """Where all heads are exact; some calls later, what was not faster once is tried again."""
+        q, k, v = given[:3]
+        exact, numbers = self._base(*given), state.numpy()
+        with self._lock:
+            numbers[: self.plan.heads, Column.CALLS] += q.shape[0]
+        if not 0 < numbers[self.plan.heads :].flat[Count.TRIALS] < MOST_TRIALS:
+            return exact
+        memory = Memory.of(self.plan, state)
+        with self._lock:
+            due = memory.is_due(self.plan, q.shape[2], k.shape[2])
+        if due and all_finite(q, k, v):
+            self._decide(given, memory)
+        return exact
 
     def _check(self, state: torch.Tensor) -> None:
         fits = state.dtype == torch.float64 and state.shape == self._shape

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from adaattn_compiler.decision import EXACT, HeadDecision, describe_head
-from adaattn_compiler.kernels.online import SHARE, WORTH, Count, Memory, OnlinePlan, decisions
+from adaattn_compiler.kernels.online import (
+    MOST_TRIALS,
+    SHARE,
+    WORTH,
+    Count,
+    Memory,
+    OnlinePlan,
+    decisions,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,9 @@ class OnlineStats:
 
     reasons: by head, why it is exact; empty where it is not. proposed: by head, what the heuristic
     wanted, where there is one. seconds: of the last call that gathered, exactly and as decided with
-    guards and audits; None where nothing was decided that could be timed.
+    guards and audits; None where nothing was decided that could be timed. trials: how often what
+    was chosen was timed and was not faster. again_in: after how many more calls it is timed once
+    more; None where it is not.
     """
 
     gathered: int
@@ -28,6 +38,8 @@ class OnlineStats:
     reasons: tuple[str, ...] = ()
     proposed: tuple[HeadDecision, ...] | None = None
     seconds: tuple[float, float] | None = None
+    trials: int = 0
+    again_in: int | None = None
 
     def __str__(self) -> str:
         if self.decisions is None:
@@ -39,7 +51,13 @@ class OnlineStats:
         named = (f"{w} ({why})" if why else w for w, why in zip(words, self.reasons, strict=True))
         times = self.seconds
         took = f"; {1e3 * times[0]:.3g} -> {1e3 * times[1]:.3g} ms" if times else ""
-        return counted(named) + took
+        return counted(named) + took + self._tried()
+
+    def _tried(self) -> str:
+        if not self.trials:
+            return ""
+        times = f"; tried {self.trials} of {MOST_TRIALS} times"
+        return times if self.again_in is None else f"{times}, again in {self.again_in} calls"
 
     def _proposed(self) -> str:
         if self.proposed is None:
@@ -68,6 +86,8 @@ def online_stats(text: str, state: torch.Tensor) -> OnlineStats:
         tuple("" if d != EXACT else _reason(plan, memory, i) for i, d in enumerate(found)),
         None if plan.heuristic is None else decisions(plan, memory.proposed),
         (float(times[0]), float(times[1])) if times[0] else None,
+        int(memory.counts[Count.TRIALS]),
+        plan.calls - int(memory.counts[Count.WAITED]) if memory.may_try_again else None,
     )
 
 

@@ -7,10 +7,8 @@ be written is measured again next time (said once).
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import logging
 import os
 import platform
 import tempfile
@@ -19,8 +17,7 @@ from pathlib import Path
 import torch
 
 from adaattn_compiler.kernels.device import facts_of_device
-
-log = logging.getLogger("adaattn_compiler")
+from adaattn_compiler.said import warn_once
 
 
 class MeasurementTable:
@@ -51,14 +48,10 @@ class MeasurementTable:
                 os.unlink(name)
                 raise
         except OSError as error:
-            _warn_once(str(self._folder), str(error))
-
-
-@functools.cache
-def _warn_once(folder: str, error: str) -> None:
-    log.warning(
-        "measurements cannot be kept in %s (%s): they are made again each time", folder, error
-    )
+            warn_once(
+                f"measurements cannot be kept in {self._folder} ({error}): they are made again "
+                "each time"
+            )
 
 
 def machine(device: str = "cpu") -> str:

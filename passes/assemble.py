@@ -17,6 +17,7 @@ from adaattn_compiler.passes.canonical_view import origin_of
 from adaattn_compiler.passes.contraction import Spine
 from adaattn_compiler.passes.expressions import RowStatistic
 from adaattn_compiler.passes.index_map import Axis, Digit, Index, NotAffine
+from adaattn_compiler.passes.lone_axis import Layouts
 from adaattn_compiler.passes.operands import Link
 from adaattn_compiler.passes.score import ScoreParts
 from adaattn_compiler.passes.sides import SideReader
@@ -56,6 +57,7 @@ def canonical_axes(
     spine = Spine(product_node)
     linked = [[link.access for link in chain] for chain in chains]
     sides = [a for a in visited if not spine.holds(a.node)]
+    layouts = Layouts(tuple(tuple(chain) for chain in linked), loops.batch, loops.query, loops.key)
     kv_digits = _digits([linked[1][0], linked[2][0], *linked[1][:1], *linked[2][:1]])
     kv_top = _digits([linked[1][-1], linked[2][-1]])
     attempts = [
@@ -66,7 +68,13 @@ def canonical_axes(
     for accesses, kv in attempts:
         try:
             return attention_axes(
-                loops.batch, loops.query, loops.key, _digits(accesses), kv, _digits(sides)
+                loops.batch,
+                loops.query,
+                loops.key,
+                _digits(accesses),
+                kv,
+                _digits(sides),
+                layouts.is_batch,
             )
         except NotAffine:
             continue

@@ -9,7 +9,7 @@ key/value head.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -117,29 +117,30 @@ def attention_axes(
     digits: Sequence[Digit],
     kv_digits: Sequence[Digit],
     query_digits: Sequence[Digit],
+    is_batch: Callable[[Digit, Sequence[Digit]], bool | None],
 ) -> AttentionAxes:
     """Sort the digits of a product's batch and row axes into b, h and q.
 
     digits: all that occur anywhere in the site; kv_digits: those that K and V are read at;
-    query_digits: those of the row axis that masks and biases tell apart.
+    query_digits: those of the row axis that masks and biases tell apart; is_batch: whether a
+    single outer axis is the batch, given those of a group of query heads (lone_axis.py).
     """
     batch_atoms = atoms_of(batch, digits)
     row_atoms = atoms_of(row, digits)
     shared = 0  # trailing batch atoms that K and V do not depend on
-    while shared < len(batch_atoms) and not _overlaps(batch_atoms[-1 - shared], kv_digits):
+    while shared < len(batch_atoms) and not overlaps(batch_atoms[-1 - shared], kv_digits):
         shared += 1
-    if shared == len(batch_atoms):
+    if shared == len(batch_atoms) and not _is_group_alone(batch_atoms, is_batch):
         shared = 0
     kv_atoms = batch_atoms[: len(batch_atoms) - shared]
     group_atoms = batch_atoms[len(batch_atoms) - shared :]
     leading = row_atoms[:-1]
     if leading and _is_group(leading, query_digits):
         group_atoms, row_atoms = [*group_atoms, *leading], row_atoms[-1:]
-    # With more than one atom the last is the head. A single one is the head too (batch size 1, or a
-    # layout that folds both and never parts them), unless its size is only known at run time.
-    has_head = len(kv_atoms) > 1 or bool(group_atoms) or _product(kv_atoms).is_Integer
-    batch_part = kv_atoms[:-1] if has_head else kv_atoms
-    head_part = [*kv_atoms[-1:], *group_atoms] if has_head else []
+    # With more than one atom the last is the head.
+    has_kv_head = len(kv_atoms) > 1 or not _is_lone_batch(kv_atoms, group_atoms, is_batch)
+    batch_part = kv_atoms[:-1] if has_kv_head else kv_atoms
+    head_part = [*(kv_atoms[-1:] if has_kv_head else []), *group_atoms]
     group = _product(group_atoms)
     axes = [Axis("b", _product(batch_part)), Axis("h", _product(head_part))]
     axes += [Axis("q", _product(row_atoms))]
@@ -154,7 +155,33 @@ def attention_axes(
     return AttentionAxes(axes[0], axes[1], axes[2], new_key, group, tuple(atoms))
 
 
-def _overlaps(atom: Digit, digits: Sequence[Digit]) -> bool:
+def _is_lone_batch(
+    kv_atoms: Sequence[Digit],
+    group_atoms: Sequence[Digit],
+    is_batch: Callable[[Digit, Sequence[Digit]], bool | None],
+) -> bool:
+    """Whether the one axis of K and V is the batch. Where nothing tells, one whose size is only
+    known at run time is (a kernel is made for a number of heads), and a number is not."""
+    if not kv_atoms:
+        return False
+    (lone,) = kv_atoms
+    if not lone.extent.is_Integer and not group_atoms:
+        return True
+    told = is_batch(lone, group_atoms)
+    return not lone.extent.is_Integer if told is None else told
+
+
+def _is_group_alone(
+    batch_atoms: Sequence[Digit], is_batch: Callable[[Digit, Sequence[Digit]], bool | None]
+) -> bool:
+    """Whether all query heads share one key head, with a batch of one."""
+    if len(batch_atoms) != 1 or not batch_atoms[0].extent.is_Integer:
+        return False
+    return is_batch(batch_atoms[0], ()) is False
+
+
+def overlaps(atom: Digit, digits: Sequence[Digit]) -> bool:
+    """Whether one of the digits holds an atom of its axis."""
     end = sympy.expand(atom.div * atom.extent)
     return any(
         digit.axis == atom.axis
@@ -170,7 +197,7 @@ def _is_group(leading: Sequence[Digit], query_digits: Sequence[Digit]) -> bool:
     return bool(
         size.is_Integer
         and size <= _LARGEST_GROUP
-        and not any(_overlaps(atom, query_digits) for atom in leading)
+        and not any(overlaps(atom, query_digits) for atom in leading)
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from adaattn_compiler.decision import describe_head
+from adaattn_compiler.decision import HeadDecision, describe_head
 from adaattn_compiler.kernels.choose import Choice
 from adaattn_compiler.kernels.decided_gpu import DecidedGpuKernel
 from adaattn_compiler.kernels.decided_kernel import DecidedKernel
@@ -52,7 +52,10 @@ def policy_chooser(policy: Policy, rows: int, weights: GraphWeights) -> Chooser:
         if reason is not None:
             return Exact(reason)
         why = f"policy {policy.key()}"
-        return Choice(kernel, why, decision=in_words(decided), stateful=True)
+        heads, dropped = decided.decision.heads, ""
+        if isinstance(kernel, DecidedKernel):
+            heads, dropped = kernel.applied(problem)
+        return Choice(kernel, why, decision=in_words(heads), stateful=True, refused=dropped or None)
 
     return chosen
 
@@ -63,9 +66,9 @@ def _kernel(decided: SitePolicy, rows: int, problem: Problem) -> DecidedKernel |
     return DecidedKernel(decided, rows)
 
 
-def in_words(decided: SitePolicy) -> str:
+def in_words(heads: Sequence[HeadDecision]) -> str:
     """Decisions, and how many heads each is for: "4 x window 256 + 64 sinks bf16, 2 x exact"."""
-    counts = Counter(describe_head(head) for head in decided.decision.heads)
+    counts = Counter(describe_head(head) for head in heads)
     return ", ".join(f"{count} x {words}" for words, count in counts.most_common())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from policies import POLICY
 
 from adaattn_compiler import Options
 from adaattn_compiler.options import parse_options
@@ -277,3 +278,40 @@ def test_time_for_the_analysis_may_come_from_the_environment(
     monkeypatch.setenv("ADAATTN_ANALYSIS_SECONDS", "long")
     with pytest.raises(ValueError, match="ADAATTN_ANALYSIS_SECONDS='long' in the environment"):
         parse_options(None)
+
+
+def test_the_file_of_a_policy_is_read_once_for_the_graphs_of_one_compilation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "policy.json"
+    other = POLICY.without("layers.1.self_attn")
+    options, alike = {"policy": str(path)}, {"policy": str(path)}
+    POLICY.save(path)
+    assert parse_options(options)[0].policy == POLICY
+    assert parse_options(options)[0].policy == POLICY
+    assert not caplog.records
+    other.save(path)
+    assert parse_options(options)[0].policy == POLICY
+    assert f"go by what it was (policy {POLICY.key()})" in caplog.text
+    assert parse_options(alike)[0].policy == other  # another call of torch.compile
+    path.write_text("{")
+    assert parse_options(options)[0].policy == POLICY
+    with pytest.raises(ValueError, match="policy"):
+        parse_options({"policy": path})
+
+
+def test_torch_hands_the_same_options_over_with_each_graph() -> None:
+    # What the last test relies on.
+    seen: list[Any] = []
+
+    def backend(graph_module: Any, inputs: Any, *, options: Any) -> Any:
+        seen.append(options)
+        return graph_module.forward
+
+    given = {"policy": "policy.json"}
+    torch.compiler.reset()
+    compiled = torch.compile(_attention, backend=backend, options=given, dynamic=False)
+    for length in (8, 9):
+        compiled(*(torch.randn(1, 2, length, 4) for _ in range(3)))
+    assert len(seen) == 2
+    assert seen[0] is seen[1]

@@ -300,8 +300,9 @@ def _write(given: argparse.Namespace, found: Calibration, seconds: float) -> Non
         write_text(report, page(found, given.hf or given.model, seconds))
         written.append(str(report))
     print(found.policy.summary())
-    if found.said:
-        print(found.said)
+    for words in (found.said, found.idle):
+        if words:
+            print(words)
     print(f"attention: {speedups(found)}")
     print(f"calibrated in {spent(seconds)}; written: {', '.join(written)}", flush=True)
 

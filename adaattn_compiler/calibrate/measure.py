@@ -167,6 +167,7 @@ class Measuring:
             self.times[key] = known
             site.seconds = torch.tensor(known.seconds, dtype=torch.float64)
             self.sites[key] = site
+        _check_heads(key, self.sites[key].problem, problem)
         return self.sites[key]
 
     def _runners_of(self, site: SiteMeasurements) -> list[DecidedRunner]:
@@ -194,6 +195,17 @@ class Measuring:
             return runners[number].skipped(*tensors).sum(0)
 
         return self._timekeeping.seconds(_kind(site.problem), site.candidates, ways, skipped)
+
+
+def _check_heads(key: SiteKey, first: Problem, problem: Problem) -> None:
+    """That a site has the heads that it had at first. It need not: passes/lone_axis.py."""
+    was, now = (f"{p.shape.heads} heads, {p.shape.kv_heads} of keys" for p in (first, problem))
+    if was != now:
+        raise ValueError(
+            f"{key.name or '(root)'} has {was}, in one sample and {now}, in another: its batch "
+            "cannot be told from its heads. Calibrate on samples of one batch size, or give the "
+            "attention tensors [B, H, length, D]"
+        )
 
 
 def _kind(problem: Problem) -> tuple[object, ...]:

@@ -6,6 +6,7 @@ measure every candidate at every site -> weigh heads -> choose -> hold to the bu
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from adaattn_compiler.calibrate.board import Board
 from adaattn_compiler.calibrate.chosen import Timing
 from adaattn_compiler.calibrate.draft import provenance, site_policy
 from adaattn_compiler.calibrate.given import asked_for, batches_of
+from adaattn_compiler.calibrate.idle import idle
 from adaattn_compiler.calibrate.measure import SiteMeasurements
 from adaattn_compiler.calibrate.outcome import Batch, Judge, Outcome
 from adaattn_compiler.calibrate.progress import Progress, no_progress
@@ -45,6 +47,8 @@ from adaattn_compiler.options import Options as RunOptions
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.policy import Budget, Policy
+
+log = logging.getLogger("adaattn_compiler")
 
 # How much of a budget a preset uses.
 PRESETS = {"quality": 0.5, "balanced": 0.8, "speed": 1.0}
@@ -78,18 +82,23 @@ def calibrate(
     """
     asked = asked_for(budget, output_budget, max_perplexity_change)
     given = batches_of(batches)
-    return calibration(model, given, asked, preset, seed, progress, heuristic=heuristic).policy
+    found = calibration(model, given, asked, preset, seed, progress, heuristic=heuristic)
+    if found.idle:
+        log.warning("%s", found.idle)
+    return found.policy
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A policy, and what it was decided by. chosen: (exact, decided) seconds of each site that is
-    not all exact, measured as it will run. said: of the heuristic, where there is one."""
+    not all exact, measured as it will run. said: of the heuristic, where there is one. idle: why
+    nothing was chosen, where that is not for its errors (calibrate/idle.py)."""
 
     policy: Policy
     sites: Mapping[SiteKey, SiteMeasurements]
     chosen: Mapping[SiteKey, tuple[float, float]]
     said: str = ""
+    idle: str = ""
 
 
 def calibration(
@@ -159,7 +168,9 @@ class _Run:
             for k, site in sites.items()
         )
         origin = provenance(self.model, self.batches, self.budget, seed, outcome)
-        return Calibration(Policy(entries, origin), sites, self._timed(selection, sites), self.said)
+        policy, timed = Policy(entries, origin), self._timed(selection, sites)
+        why_idle = idle(policy, sites, self.budget, self.limit)
+        return Calibration(policy, sites, timed, self.said, why_idle)
 
     # -- stages --------------------------------------------------------------------------------
 

@@ -66,6 +66,13 @@ class HeadStats:
     worst: float | None
     demoted: bool
 
+    @property
+    def nothing_left_out(self) -> int:
+        """Calls that were exact for no other reason than their lengths, at which its pattern is
+        dropped; 0 where it was demoted, as calls since then are among the rest."""
+        known = self.as_decided + self.left_envelope + self.failed_audit
+        return 0 if self.demoted else self.calls - known
+
 
 def head_stats(state: torch.Tensor) -> tuple[HeadStats, ...]:
     """The rows of a state."""

@@ -28,7 +28,12 @@ from adaattn_compiler.kernels.cpu.call import (
     Judgement,
     Plan,
 )
-from adaattn_compiler.kernels.cpu.decided_lists import DecidedLists, decided_lists
+from adaattn_compiler.kernels.cpu.decided_lists import (
+    DecidedLists,
+    decided_lists,
+    decisions_at,
+    heads_that_become_exact,
+)
 from adaattn_compiler.kernels.cpu.parts import parts_of
 from adaattn_compiler.kernels.cpu.plans import lists_by_head
 from adaattn_compiler.kernels.cpu.runner import cpp_runner
@@ -51,8 +56,9 @@ _TURNS = 4
 # So that nothing is divided by 0.
 _LEAST_SUM = 1e-200
 
-# Flags: what a head of a batch item does in a call.
-AS_DECIDED, LEFT_ENVELOPE, FAILED_AUDIT, DEMOTED = 1, 0, -1, -2
+# Flags: what a head of a batch item does in a call. ALL_KEYS: exact, as there is nothing that the
+# head may leave out at these lengths.
+AS_DECIDED, LEFT_ENVELOPE, FAILED_AUDIT, DEMOTED, ALL_KEYS = 1, 0, -1, -2, -3
 _COUNTED = (
     (Column.AS_DECIDED, AS_DECIDED),
     (Column.LEFT_ENVELOPE, LEFT_ENVELOPE),
@@ -71,11 +77,19 @@ def decided_runner(plan: str) -> DecidedRunner:
 @dataclass(frozen=True)
 class _Prepared:
     """Of one pair of lengths. all_decided: the plan with all heads as decided. judgement: of a call
-    with it."""
+    with it. exact: the heads that are exact at these lengths and not as decided, bool [H]; None
+    where there are none."""
 
     lists: DecidedLists
     all_decided: Plan
     judgement: Judgement
+    exact: torch.Tensor | None
+
+    def flags(self, flags: torch.Tensor) -> torch.Tensor:
+        """Those of a call, heads that are exact at these lengths called so."""
+        if self.exact is None:
+            return flags
+        return flags.masked_fill((flags == AS_DECIDED) & self.exact, ALL_KEYS)
 
 
 class DecidedRunner:
@@ -121,8 +135,9 @@ class DecidedRunner:
             return self._base(q, k, v, operands, params)
         if not self._selections and not self._parts:
             ready = self._prepared(q.shape[2], k.shape[2], params)
+            own = ready.flags(flags)
             done = self._base.decided(
-                q, k, v, operands, params, ready.all_decided, flags, ready.judgement, state
+                q, k, v, operands, params, ready.all_decided, own, ready.judgement, state
             )
             if done is not None:
                 return done
@@ -155,6 +170,7 @@ class DecidedRunner:
         """What decided.h does in one call, for what it does not do: blocks that are chosen in the
         call, parts, and inputs that are not finite."""
         given = (q, k, v, operands, params)
+        flags = self._prepared(q.shape[2], k.shape[2], params).flags(flags)
         out = self._computed(*given, flags)
         if out is None:
             flags = flags.clamp(max=FAILED_AUDIT)
@@ -308,7 +324,11 @@ class DecidedRunner:
             self._may_be_empty,
         )
         every = Plan(lists.decided, lists.blocks, modes=self._modes, skip=self._skip)
-        return _Prepared(lists, every, judgement)
+        heads, mixed = self.plan.heads, self._base.made_for.mixed
+        exact = heads_that_become_exact(
+            heads, decisions_at(self.spec, heads, sizes, params)[0], mixed
+        )
+        return _Prepared(lists, every, judgement, exact)
 
 
 def _named(lists: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:

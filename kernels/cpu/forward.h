@@ -147,7 +147,7 @@ struct QueryBlock {
     for (int64_t row = 0; row < rows; ++row) {
       const Number* query = row_of(call.q, batch, head, first + row);
       fetch<kHeadDim>(query + kRowsAhead * call.q.row_stride);
-      finite &= is_finite<kHeadDim>(query);
+      finite &= is_finite<kHeadDim, KeyWord>(query);
       pack_row<kHeadDim>(query, queries + row * kQueryWords);
       state[row] = RowState{};
     }

@@ -18,9 +18,11 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +49,9 @@ _AVX512 = (
     "-mprefer-vector-width=512",
 )
 _BUILD_SECONDS = 300
+# A folder that has not changed for so long is of a process that was killed: no build takes as long.
+_STALE_SECONDS = 24 * 3600
+_BUILD_PREFIX = "build"
 
 
 class CannotBuild(Exception):
@@ -168,7 +173,8 @@ def _is_whole(path: Path) -> bool:
 def _build(source: str, command: tuple[str, ...], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build") as folder:
+        _remove_stale(path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_BUILD_PREFIX) as folder:
             text, made = Path(folder) / "attention.cpp", Path(folder) / "attention.so"
             text.write_text(source)
             _compile([*command, f"-I{HEADERS}", str(text), "-o", str(made)])
@@ -178,6 +184,16 @@ def _build(source: str, command: tuple[str, ...], path: Path) -> None:
             os.replace(made, path)
     except OSError as error:
         raise CannotBuild(f"cannot write to {path.parent}: {error}") from error
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove the folders of builds that were killed. Others may be doing the same: what is gone or
+    cannot be removed is left."""
+    before = time.time() - _STALE_SECONDS
+    for folder in parent.glob(f"{_BUILD_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.is_dir() and not folder.is_symlink() and folder.stat().st_mtime < before:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compile(command: list[str]) -> None:

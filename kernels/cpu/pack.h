@@ -41,11 +41,15 @@ static inline auto load_words(const Number* row, int word) {
   }
 }
 
-template <int kDim, typename Number>
+// Whether a row is finite, and stays so in words of that kind: the largest floats round to an infinite
+// bfloat16.
+template <int kDim, typename Word = float, typename Number>
 static inline bool is_finite(const Number* row) {
+  constexpr bool kRounds = !std::is_same_v<Word, float> && !std::is_same_v<Number, Bfloat16>;
+  constexpr uint32_t kBeyond = kRounds ? 0x7f7f8000u : 0x7f800000u;
   uint32_t bad = 0;
   for (int d = 0; d < kDim; ++d)
-    bad |= (bits_of(to_float(row[d])) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
+    bad |= (bits_of(to_float(row[d])) & 0x7fffffffu) >= kBeyond ? 1u : 0u;
   return bad == 0;
 }
 
@@ -106,7 +110,7 @@ static bool pack_keys(const Number* from, int64_t row_stride, int64_t keys, Word
       if (first + row < keys) {
         const Number* key = from + (first + row) * row_stride;
         fetch<kDim>(key + kRowsAhead * row_stride);
-        finite &= is_finite<kDim>(key);
+        finite &= is_finite<kDim, Word>(key);
         pack_row<kDim>(key, rows[row]);
       } else {
         std::memset(rows[row], 0, sizeof rows[row]);
@@ -135,7 +139,7 @@ static bool pack_values(const Number* from, int64_t row_stride, int64_t keys, Wo
     for (int part = 0; part < kInWord<Word>; ++part) {
       const int64_t key = step * kInWord<Word> + part;
       const Number* row = from + key * row_stride;
-      if (key < keys) fetch<kDim>(row + kRowsAhead * row_stride), finite &= is_finite<kDim>(row);
+      if (key < keys) fetch<kDim>(row + kRowsAhead * row_stride), finite &= is_finite<kDim, Word>(row);
       for (int d = 0; d < kDim; ++d) rows[part][d] = key < keys ? to_float(row[d]) : 0.0f;
     }
     for (int column = 0; column < kPadded; column += kPanel) {

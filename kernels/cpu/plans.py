@@ -51,6 +51,10 @@ class Order:
     heads: torch.Tensor
     ranked: torch.Tensor
 
+    def padded(self) -> Order:
+        """With one more head, whose blocks ascend."""
+        return Order(torch.nn.functional.pad(self.heads, (0, 1)), self.ranked)
+
     def of(self, blocks: torch.Tensor) -> torch.Tensor:
         """[B, H, row blocks, key blocks] as the heads meet them."""
         theirs = blocks.gather(-1, self.ranked.expand_as(blocks))

@@ -14,7 +14,7 @@ from decided import PROVENANCE, Layer, inputs, stack
 import adaattn_compiler
 from adaattn_compiler.decision import EXACT
 from adaattn_compiler.kernels import online_runner
-from adaattn_compiler.kernels.online import OnlinePlan
+from adaattn_compiler.kernels.online import MOST_TRIALS, OnlinePlan
 from adaattn_compiler.kernels.online_stats import OnlineStats
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.policy import Policy
@@ -143,6 +143,51 @@ def test_a_choice_that_is_slower_with_its_guards_is_not_taken(
     assert found.decisions == (EXACT, EXACT)
     assert found.reasons == ("with guards and audits not faster",) * 2
     assert found.seconds == (1.0, 1.1)
+    assert "tried 1 of 4 times, again in 3 calls" in str(found)
+
+
+def test_a_choice_that_was_not_faster_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = 1.1
+
+    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+        return _seconds(0.5 if len(ways) > 2 else share)(ways)
+
+    monkeypatch.setattr(online_runner, "least_seconds", seconds)
+    model = stack(depth=1)
+    fast, true = gathered(model), copy.deepcopy(model).double()
+    share = 0.5  # the machine is quiet again
+    for seed in range(CALLS - 1):
+        run(fast, inputs(seed=seed))
+        assert online(model).decisions == (EXACT, EXACT)
+        assert online(model).again_in == CALLS - 1 - seed
+    run(fast, inputs(seed=5))
+    found = online(model)
+    assert found.decisions is not None
+    assert found.decisions[0].pattern is not None
+    assert found.again_in is None
+    assert 1e-6 < relative(run(fast, inputs(seed=9)), run(true, inputs(seed=9).double())) < 0.01
+
+
+def test_trials_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = 0
+
+    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+        nonlocal trials
+        trials += len(ways) == 2
+        return _seconds(0.5 if len(ways) > 2 else 1.1)(ways)
+
+    monkeypatch.setattr(online_runner, "least_seconds", seconds)
+    model = stack(depth=1)
+    fast = gathered(model)
+    for _ in range(5 * CALLS):
+        run(fast, inputs())
+    assert trials == MOST_TRIALS
+    found = online(model)
+    assert (found.trials, found.again_in) == (MOST_TRIALS, None)
+    assert "tried 4 of 4 times" in str(found)
+    assert "again" not in str(found)
+    x = inputs(seed=9)
+    assert torch.equal(run(fast, x), exact(model, x))
 
 
 @pytest.mark.parametrize("shift", ["larger", "one-hot", "all alike", "not finite"])

@@ -93,6 +93,32 @@ def test_inputs_of_another_kind_are_computed_exactly(shift: str) -> None:
     assert torch.equal(out, exact(model, other))
 
 
+def test_lengths_at_which_nothing_is_left_out_are_said() -> None:
+    model, x = stack(depth=1), inputs(rows=8)
+    policy = policy_for(Seen(model, x))
+    (site,) = explained(model, x, policy).sites
+    assert site.decision == "2 x exact"
+    assert site.refused == "8 query rows or fewer are computed exactly"
+    assert torch.equal(run(compiled(model, policy), x), exact(model, x))
+    found = adaattn_compiler.stats(model)
+    assert [(head.calls, head.as_decided) for head in found.sites[0].heads] == [(1, 0)] * 2
+    assert "exact in 1: no pattern at their lengths" in str(found)
+
+
+def test_sites_of_two_policies_are_told_apart() -> None:
+    model, x = stack(depth=1), inputs()
+    seen = Seen(model, x)
+    first, second = policy_for(seen), policy_for(seen, (BF16, BF16))
+    run(compiled(model, first), x)
+    assert first.key() not in str(adaattn_compiler.stats(model))
+    torch.compiler.reset()
+    run(compiled(model, second), x)
+    found = adaattn_compiler.stats(model)
+    assert {site.policy for site in found.sites} == {first.key(), second.key()}
+    for policy in (first, second):
+        assert f"layers.0 (policy {policy.key()})" in str(found)
+
+
 def test_a_batch_item_of_another_kind_does_not_change_the_others() -> None:
     model, x = stack(depth=1), inputs(batch=2)
     policy = policy_for(Seen(model, x))

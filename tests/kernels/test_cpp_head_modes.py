@@ -396,6 +396,20 @@ def test_inputs_that_are_not_finite_are_computed_exactly(value: float) -> None:
     assert not found.any()
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_only_bfloat16_is_too_small_for_is_computed_exactly(which: int) -> None:
+    # The largest float rounds to infinity in bfloat16; its score, and its weight, are small.
+    qkv, met = random_qkv(130, 300), every_block(130, 300)
+    qkv[which][0, 0, 40, 3] = torch.finfo(torch.float32).max
+    if which < 2:
+        qkv[1 - which][..., 3] *= 1e-38
+    plan = plan_with(met, modes=int32([BOTH]))
+    ours, exact = (runner_of(PLAIN)(*qkv, (), (), plan=p) for p in (plan, plan_with(met)))
+    assert exact.isfinite().all()
+    oracle = reference_attention(*(t.double() for t in qkv), [], (), PLAIN)
+    assert_as_accurate(ours, exact, oracle)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_that_overflow_are_as_without_skipping(sign: int) -> None:
     qkv, met = random_qkv(70, 300), every_block(70, 300)

@@ -400,3 +400,16 @@ def test_attention_is_computed_by_another_kernel(
     eager = reference_attention(q, k, v, [], (), asked.spec)
     exact = reference_attention(q.double(), k.double(), v.double(), [], (), asked.spec)
     assert_as_accurate(ours, eager, exact)
+
+
+def test_folders_of_killed_builds_are_removed(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    killed, running, kept = folder / "buildold", folder / "buildnew", folder / "others"
+    for each in (killed, running, kept):
+        each.mkdir()
+        (each / "attention.cpp").write_text("")
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(killed, (long_ago, long_ago))
+    os.utime(kept, (long_ago, long_ago))
+    assert number_of(library(source())) == 1
+    assert (killed.exists(), running.exists(), kept.exists()) == (False, True, True)

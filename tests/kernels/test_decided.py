@@ -10,6 +10,7 @@ import policies
 import pytest
 import sympy
 import torch
+from check import assert_as_accurate
 from decided_plans import BF16, MIXED, WINDOW, flags_of, plan_for
 from specs import SPECS, problem_of, random_inputs
 
@@ -172,9 +173,45 @@ def test_the_library_does_in_one_call_what_the_steps_do(name: str, rows: int) ->
         other = runner._in_steps(*tensors, operands, params, flags, steps)
         assert torch.equal(one, other)
         torch.testing.assert_close(whole, steps, rtol=1e-9, atol=1e-15)
-    assert int(whole[:, Column.AUDITS].min()) > 0
-    # Where rows are few, all is computed exactly.
-    assert bool(whole[2, Column.DEMOTED]) == (rows == 90 and torch.cpu._is_avx512_bf16_supported())
+    # Where rows are few all is computed exactly; then only heads that are so anyway have audits.
+    assert [bool(head.audits) for head in head_stats(whole)] == [True, *[rows == 90] * 3]
+    rounds = torch.cpu._is_avx512_bf16_supported()
+    assert bool(whole[2, Column.DEMOTED]) == (rows == 90 and rounds)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_an_open_envelope_lets_no_number_overflow(which: int) -> None:
+    problem = problem_of("gqa", rows=90, columns=90)
+    tensors, operands = random_inputs(problem)
+    tensors[which][..., 7, 3] = torch.finfo(torch.float32).max
+    if which == 1:
+        tensors[0][..., 3] *= 1e-38
+    ours = DecidedRunner(plan_for(problem))(*tensors, operands, (), flags_of(problem), new_state(4))
+    exact = cpp_runner(plan_of(problem))(*tensors, operands, ())
+    assert exact.isfinite().all()
+    wide = [tensor.double() for tensor in tensors]
+    oracle = reference_attention(*wide, operands, (), problem.spec)
+    assert_as_accurate(ours[:, 2], exact[:, 2], oracle[:, 2])  # that of fewer bits
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "decided"),
+    [(90, 90, [2, 2, 2, 2]), (5, 90, [2, 0, 0, 0]), (90, 70, [2, 0, 2, 2])],
+)
+def test_heads_that_may_leave_nothing_out_are_counted_as_exact(
+    rows: int, columns: int, decided: list[int]
+) -> None:
+    # Heads are exact, a pattern, fewer bits, and both: with fewer keys than rows bits are left.
+    problem = problem_of("gqa", rows=rows, columns=columns)
+    tensors, operands = random_inputs(problem)
+    state = new_state(4)
+    out = DecidedRunner(plan_for(problem))(*tensors, operands, (), flags_of(problem), state)
+    found = head_stats(state)
+    assert [head.as_decided for head in found] == decided
+    assert [head.nothing_left_out for head in found] == [2 - count for count in decided]
+    exact = cpp_runner(plan_of(problem))(*tensors, operands, ())
+    for head, count in enumerate(decided):
+        assert count or torch.equal(out[:, head], exact[:, head])
 
 
 def test_flags_and_states_of_another_form_are_refused() -> None:
