@@ -48,6 +48,9 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml setup.py
 
 # `pytest`, not `python -m pytest`, which would put the root on sys.path (see pyproject.toml).
 # Triton is either interpreted or compiled throughout a process: first the former.
+# A core for each process: threads of two processes that wait for each other by spinning took most
+# of the time. Tests of several threads ask for them.
+test test-cuda-codegen: export OMP_NUM_THREADS ?= 1
 TESTING := --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 test: $(STAMP)
