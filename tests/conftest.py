@@ -25,7 +25,28 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.compiler.reset()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("pytest_cov"):
+        _trace_first_cases(items)
+    _skip_without_gpu(items)
+
+
+# Where nearly all time is spent in the Python of others: Triton's interpreter, Dynamo, Inductor.
+TRACED_ONCE = ("tests/interpreted/", "tests/end_to_end/")
+
+
+def _trace_first_cases(items: list[pytest.Item]) -> None:
+    """Coverage there of the first case of each test: tracing takes twice the time of Python (2.5
+    times in the interpreter), and what other cases alone run, tests of the parts run as well."""
+    seen = set()
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        if test in seen and test.startswith(TRACED_ONCE):
+            item.add_marker("no_cover")
+        seen.add(test)
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return
