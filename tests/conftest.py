@@ -32,7 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Where nearly all time is spent in the Python of others: Triton's interpreter, Dynamo, Inductor.
-TRACED_ONCE = ("tests/interpreted/", "tests/end_to_end/")
+TRACED_ONCE = (
+    "tests/interpreted/",
+    "tests/end_to_end/",
+    "tests/passes/test_expand.py",
+    "tests/passes/test_runtime_numbers.py",
+)
 
 
 def _mark_further_cases(items: list[pytest.Item]) -> None:

@@ -295,6 +295,7 @@ def losses(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.untraced
 def test_a_stored_policy_keeps_perplexity_within_what_it_states() -> None:
     """On text that it was not calibrated on; eager float32 is the exact model."""
     pytest.importorskip("transformers")
