@@ -110,7 +110,7 @@ def test_log_sum_exp_is_that_of_the_scores(name: str) -> None:
 
 
 def test_strided_inputs_are_read_where_they_lie() -> None:
-    problem = problem_of("gqa")
+    problem = problem_of("gqa", rows=40, columns=40)
     tensors, _ = random_inputs(problem)
     q, k_, v = (torch.cat([t, t], -1).repeat_interleave(2, 2)[:, :, ::2, :16] for t in tensors)
     ours = forward(Configuration(problem.spec), q, k_, v, [], tiles=SMALL)
@@ -122,7 +122,7 @@ def test_strided_inputs_are_read_where_they_lie() -> None:
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_comes_through(where: str) -> None:
-    problem = problem_of("causal")
+    problem = problem_of("causal", rows=40, columns=40)
     tensors, _ = random_inputs(problem)
     tensors["qkv".index(where)][0, 1, 20] = float("nan")
     ours = forward(Configuration(problem.spec), *tensors, [], tiles=SMALL)
