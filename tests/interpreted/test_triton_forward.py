@@ -12,7 +12,7 @@ from specs import SPECS, oracle, problem_of, random_inputs
 
 from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
-from adaattn_compiler.kernels.problem import Problem
+from adaattn_compiler.kernels.problem import Problem, Shape
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.kernels.triton.launch import Tiles, forward
 from adaattn_compiler.kernels.triton.launch_decode import decode
@@ -20,7 +20,7 @@ from adaattn_compiler.kernels.triton.source import Configuration
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, k, param, q
 
-SMALL = Tiles(32, 32)
+SMALL = Tiles(64, 32)
 
 
 def through(problem: Problem, table: BlockTable | None = None) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_log_sum_exp_is_that_of_the_scores(name: str) -> None:
 
 
 def test_strided_inputs_are_read_where_they_lie() -> None:
-    problem = problem_of("gqa")
+    problem = problem_of("gqa", rows=40, columns=40)
     tensors, _ = random_inputs(problem)
     q, k_, v = (torch.cat([t, t], -1).repeat_interleave(2, 2)[:, :, ::2, :16] for t in tensors)
     ours = forward(Configuration(problem.spec), q, k_, v, [], tiles=SMALL)
@@ -122,7 +122,7 @@ def test_strided_inputs_are_read_where_they_lie() -> None:
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_comes_through(where: str) -> None:
-    problem = problem_of("causal")
+    problem = problem_of("causal", rows=40, columns=40)
     tensors, _ = random_inputs(problem)
     tensors["qkv".index(where)][0, 1, 20] = float("nan")
     ours = forward(Configuration(problem.spec), *tensors, [], tiles=SMALL)
@@ -141,8 +141,8 @@ def test_numbers_of_run_time_may_be_as_large_as_they_like(number: int) -> None:
     )
     for mask in masks:
         spec = AttentionSpec(0.3, mask=mask, empty_row=EmptyRow.ZERO, params=1)
-        problem = problem_of("plain", rows=40, columns=40)
-        problem = dataclasses.replace(problem, spec=spec, param_hints=(number,))
+        shape = Shape(1, 1, 1, 40, 40, 16, 16, (1, 40, 40))
+        problem = Problem(spec, shape, torch.float32, "cpu", False, (), (number,))
         exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
         assert_as_accurate(through(problem), eager, exact)
         tensors, _ = random_inputs(problem)

@@ -495,6 +495,7 @@ def lowered(outcome: Outcome) -> Lowered:
 # -- properties ------------------------------------------------------------------------------------
 
 
+@pytest.mark.untraced
 @settings(max_examples=60, phases=PHASES)
 @given(written)
 def test_a_mask_without_data_is_recovered_as_a_predicate(example: Written) -> None:
@@ -514,6 +515,7 @@ def test_a_mask_without_data_is_recovered_as_a_predicate(example: Written) -> No
         assert site.spec.empty_row is example.empty_row
 
 
+@pytest.mark.untraced
 @settings(max_examples=60, phases=PHASES)
 @given(written_with_data)
 def test_a_mask_with_data_is_never_wrong(example: Written) -> None:

@@ -39,10 +39,14 @@ def _run(policy: str) -> dict[str, Any]:
         counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     )
     return {
-        "result": hashlib.blake2b(out.numpy().tobytes()).hexdigest(),
+        "result": fingerprint(out),
         "hits": hits,
         "as_decided": 0 if policy == "-" else _as_decided(model),
     }
+
+
+def fingerprint(result: torch.Tensor) -> str:
+    return hashlib.blake2b(result.numpy().tobytes()).hexdigest()
 
 
 def _as_decided(model: torch.nn.Module) -> int:
