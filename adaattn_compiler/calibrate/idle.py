@@ -58,11 +58,11 @@ def idle(
 
 def _with_less_work(key: SiteKey, site: SiteMeasurements, most: float) -> Iterator[_Tried]:
     """Candidates that some head could take by its error."""
-    able = (site.p99() <= most).any(1).tolist()
+    able, seconds = (site.p99() <= most).any(1).tolist(), site.seconds.sum(1).tolist()
     for number, candidate in enumerate(site.candidates):
         work = _work(site, candidate) if able[number] else 1.0
         if work <= _LESS:
-            time = site.seconds[number] / site.seconds[0]
+            time = seconds[number] / seconds[0]
             yield _Tried(key, candidate, work, time, site.problem.shape.hints[2])
 
 

@@ -19,8 +19,11 @@ def calibrated(
 ) -> Policy:
     """With measurements by which each candidate takes so many times as long as exact."""
 
-    def seconds_of(self: Measuring, site: SiteMeasurements, tensors: Tensors) -> list[float]:
-        return [0.001, *(0.001 * times for _ in site.candidates[1:])]
+    def seconds_of(
+        self: Measuring, site: SiteMeasurements, tensors: Tensors
+    ) -> tuple[tuple[float, ...], ...]:
+        heads = site.problem.shape.heads
+        return tuple((0.001 * (times if i else 1),) * heads for i in range(len(site.candidates)))
 
     monkeypatch.setattr(Measuring, "_seconds_of", seconds_of)
     tokens = torch.randint(16, (1, length), generator=torch.Generator().manual_seed(0))
