@@ -49,7 +49,7 @@ def main() -> None:
         "perplexity": perplexity,
         "attention": compared(calls, asked.seconds, asked.smoke),
         "as_decided": as_decided(calls),
-        "decisions": {site.name: in_words(site) for site in policy.sites},
+        "decisions": {site.name: in_words(site.decision.heads) for site in policy.sites},
         "stats": stats,
     }
     print(json.dumps(result, indent=1))

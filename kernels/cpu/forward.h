@@ -165,8 +165,8 @@ struct QueryBlock {
 
   // The strips of which no row can have a score in a block that it does not skip, as bits.
   uint32_t screen(const uint32_t* keys) {
-    // Where most strips need most blocks nothing is gained: only some blocks are tried.
-    if (screens_tried >= 4 * kStrips && 2 * screens_kept > screens_tried) return 0;
+    // It takes half of what it saves: where strips need many of the blocks no more are tried.
+    if (screens_tried >= 2 * kStrips && 5 * screens_kept > 2 * screens_tried) return 0;
     alignas(64) float below[decltype(screened)::kRows] = {};
     for (int64_t row = 0; row < rows; ++row) below[row] = state[row].largest - skip;
     ScreenedBlock block;
