@@ -81,9 +81,7 @@ def guarded_attention(
     plan: str,
 ) -> torch.Tensor:
     """`attention_as_decided` with the flags of `check_envelope`; [B,H,M,E], laid out likewise."""
-    runner = decided_runner(plan)
-    flags = runner.check(q, k, v, state)
-    return _laid_out(runner(q, k, v, operands, params, flags, state))
+    return _laid_out(decided_runner(plan).guarded(q, k, v, operands, params, state))
 
 
 def _laid_out(out: torch.Tensor) -> torch.Tensor:

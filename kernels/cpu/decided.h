@@ -24,7 +24,7 @@ constexpr int32_t kDecidedFlag = 1, kOutsideFlag = 0, kOffFlag = -1;
 // so many; audits before a head may be demoted; standard errors by which it must be over its budget.
 constexpr double kKeep = 0.98, kMostCounted = (1 + kKeep) / (1 - kKeep), kLeastAudits = 16, kSure = 2;
 constexpr double kLeastSum = 1e-200;  // so that nothing is divided by 0
-// Of so many key heads the query heads of one are audited in each call, in turns.
+// The query heads of a key head are audited in one of so many calls, those of others in others.
 constexpr int64_t kTurns = 4;
 
 // All members of 64 bits; kernels/cpu/call.py fills it.
@@ -126,8 +126,7 @@ class Decided {
 
   // Whose turn it is, of the key heads.
   bool is_turn_of(int64_t kv_head) const {
-    const int64_t kv_heads = call_.heads / kGroup, turns = kv_heads < kTurns ? kv_heads : kTurns;
-    return (int64_t(given_.state[kCalls]) / call_.batch + kv_head) % turns == 0;
+    return (int64_t(given_.state[kCalls]) / call_.batch + kv_head) % kTurns == 0;
   }
 
   // The heads whose turn it is, or all others.

@@ -51,7 +51,7 @@ _ROWS_AT_ONCE = 8
 # budget (decided.h has the same).
 _KEEP, _LEAST_AUDITS, _SURE = 0.98, 16, 2.0
 _MOST_COUNTED = (1 + _KEEP) / (1 - _KEEP)
-# Of so many key heads the query heads of one are audited in each call (decided.h has the same).
+# The query heads of a key head are audited in one of so many calls (decided.h has the same).
 _TURNS = 4
 # So that nothing is divided by 0.
 _LEAST_SUM = 1e-200
@@ -120,6 +120,20 @@ class DecidedRunner:
         """Flags, int32 [B,H]: AS_DECIDED, LEFT_ENVELOPE or DEMOTED."""
         return self._base.guard(q, k, v, self._bounds, state)
 
+    def guarded(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: Sequence[torch.Tensor],
+        params: Sequence[int],
+        state: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same with the flags of `check`."""
+        self._base.check(q, k, v, operands)
+        flags = self._base.guard(q, k, v, self._bounds, state, checked=True)
+        return self(q, k, v, operands, params, flags, state, checked=True)
+
     def __call__(
         self,
         q: torch.Tensor,
@@ -129,16 +143,17 @@ class DecidedRunner:
         params: Sequence[int],
         flags: torch.Tensor,
         state: torch.Tensor,
+        checked: bool = False,
     ) -> torch.Tensor:
-        """[B,H,M,E], laid out as [B,M,H,E]; what happened is added to the state."""
+        """[B,H,M,E], laid out as [B,M,H,E]; what happened is added to the state. checked: whether
+        q, k, v and operands are known to fit."""
         if not (q.numel() and k.numel()):  # nothing to decide about
             return self._base(q, k, v, operands, params)
         if not self._selections and not self._parts:
             ready = self._prepared(q.shape[2], k.shape[2], params)
             own = ready.flags(flags)
-            done = self._base.decided(
-                q, k, v, operands, params, ready.all_decided, own, ready.judgement, state
-            )
+            by_plan = (ready.all_decided, own, ready.judgement, state)
+            done = self._base.decided(q, k, v, operands, params, *by_plan, checked=checked)
             if done is not None:
                 return done
         return self._in_steps(q, k, v, operands, params, flags, state)
@@ -242,9 +257,9 @@ class DecidedRunner:
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
     def _whose_turn(self, calls: int) -> Array:
-        """bool [H]: of _TURNS key heads the query heads of one are audited in each call."""
+        """bool [H]: the query heads of every so-manieth key head."""
         heads = np.arange(len(self.plan.heads)) // self.spec.group
-        turns: Array = (calls + heads) % min(_TURNS, int(heads[-1]) + 1) == 0
+        turns: Array = (calls + heads) % _TURNS == 0
         return turns
 
     def _note(self, tried: Array, flags: Array, sums: Array | None, state: Array) -> None:

@@ -138,7 +138,7 @@ class CppRunner:
         whether it is known to fit. seed: of dropout. lse, statistics, skipped: to be written (see
         Arguments).
         """
-        self._check(q_BHMD, k_BGND, v_BGNE, operands)
+        self.check(q_BHMD, k_BGND, v_BGNE, operands)
         batch, heads, rows, _ = q_BHMD.shape
         given_plan = plan
         if plan is None:
@@ -184,11 +184,13 @@ class CppRunner:
         v: torch.Tensor,
         bounds: Sequence[torch.Tensor],
         state: torch.Tensor,
+        checked: bool = False,
     ) -> torch.Tensor:
         """Whether the statistics of q, k and v are within bounds: int32 [B,H], 1 or 0, -2 where
         the state says that the head is demoted. bounds: low and high, contiguous float32 [9,H]
-        (kernels/envelope.py)."""
-        self._check(q, k, v, None)
+        (kernels/envelope.py). checked: whether tensors are known to fit (`check`)."""
+        if not checked:
+            self.check(q, k, v, None)
         batch, heads = q.shape[:2]
         check_state(state, heads)
         if not (q.numel() and k.numel()):
@@ -209,13 +211,15 @@ class CppRunner:
         flags: torch.Tensor,
         judgement: Judgement,
         state: torch.Tensor,
+        checked: bool = False,
     ) -> torch.Tensor | None:
         """[B,H,M,E], laid out as [B,M,H,E]: each head by the plan or exactly, as flags (int32
         [B,H], 1 by the plan) and an audit have it; what happened is added to the state.
 
-        None, and the state as it was, where something is not finite.
+        None, and the state as it was, where something is not finite. checked: as of `guard`.
         """
-        self._check(q, k, v, operands)
+        if not checked:
+            self.check(q, k, v, operands)
         batch, heads, rows, _ = q.shape
         check_flags(flags, state, (batch, heads))
         out = q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2)
@@ -242,7 +246,7 @@ class CppRunner:
 
         False, out and lse then half written, where something is not finite.
         """
-        self._check(q, k, v, operands)
+        self.check(q, k, v, operands)
         assert q.shape[2] > FEW_ROWS
         assert out.stride(-1) == 1
         q, k, v = (with_unit_stride(tensor) for tensor in (q, k, v))
@@ -301,7 +305,7 @@ class CppRunner:
         """
         qkv = (arguments.q, arguments.k, arguments.v)
         operands = arguments.operands
-        self._check(*qkv, operands)
+        self.check(*qkv, operands)
         plan = self._exact_plan(qkv[0].shape[2], qkv[1].shape[2], arguments.params)
         grads = [
             t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2) for t in qkv
@@ -358,7 +362,7 @@ class CppRunner:
 
         return self._plans.get((rows, columns, *params), made)
 
-    def _check(
+    def check(
         self,
         q_BHMD: torch.Tensor,
         k_BGND: torch.Tensor,
