@@ -24,8 +24,6 @@ _SINKS = (0, 64)
 # A window that leaves out less than this share of the keys is not worth trying.
 _LEAST_LEFT_OUT = 0.3
 _SKIPS = (4.0, 6.0, 9.0)
-# In the tensors' own precision: what is left out is about as much as that rounds.
-_SKIP_PRECISELY = 14.0
 # Windows in which blocks are skipped, too: shorter ones have few. With first keys, which cost next
 # to nothing where they can be skipped.
 _LEAST_SKIPPED, _SKIPS_IN_WINDOWS = 256, (6.0, 9.0)
@@ -51,7 +49,6 @@ def candidates_for(problem: Problem) -> tuple[HeadDecision, ...]:
     found = [HeadDecision(scores=s, values=v) for s, v in stages]
     best = stages[-1]
     found += [HeadDecision(scores=best[0], values=best[1], skip=skip) for skip in _SKIPS]
-    found += [HeadDecision(skip=_SKIP_PRECISELY)]
     found += [
         HeadDecision(selection=Selection(mass, by), scores=best[0], values=best[1])
         for mass, by in itertools.product(_MASSES, ("pooled", "antidiagonal"))

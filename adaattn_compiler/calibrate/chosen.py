@@ -1,12 +1,19 @@
-"""What a choice takes, measured as it will run: all heads of a site in one call."""
+"""What a choice takes, measured as it will run: all heads of a site in one call.
+
+Candidates are timed with all heads alike, and a busy machine disturbs that. What counts is this:
+where a site is not faster as decided, it stays exact.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
 from adaattn_compiler.calibrate.apply import Decisions
 from adaattn_compiler.calibrate.board import Tensors, exactly
 from adaattn_compiler.calibrate.measure import decided, unguarded
+from adaattn_compiler.calibrate.select import Selection
 from adaattn_compiler.calibrate.times import least_seconds
 from adaattn_compiler.decision import EXACT
 from adaattn_compiler.kernels.problem import Problem
@@ -32,3 +39,25 @@ class Timing:
             )
             self.seconds[key] = exact, chosen
         return exactly(key, problem, tensors)
+
+
+def only_faster(selection: Selection, timed: Mapping[SiteKey, tuple[float, float]]) -> Selection:
+    """The selection with those sites exact that take no less time as decided; timed: (exact,
+    decided) seconds of the others than exact ones."""
+    slower = {key for key, (exact, chosen) in timed.items() if chosen >= exact}
+    return {key: (0,) * len(own) if key in slower else own for key, own in selection.items()}
+
+
+def in_words(timed: Mapping[SiteKey, tuple[float, float]]) -> str:
+    """Of the sites that `only_faster` leaves exact; "" where there are none."""
+    slower = [
+        f"{key.name or '(root)'} ({chosen / exact:.2f} times as long)"
+        for key, (exact, chosen) in timed.items()
+        if chosen >= exact
+    ]
+    if not slower:
+        return ""
+    return (
+        f"exact after all, as they took longer as decided: {', '.join(slower)}. Calls of so few "
+        "tokens gain nothing, or the machine was busy: calibrate anew while nothing else runs"
+    )

@@ -16,7 +16,8 @@ import torch
 
 from adaattn_compiler.calibrate.apply import Applying, Auditing
 from adaattn_compiler.calibrate.board import Board
-from adaattn_compiler.calibrate.chosen import Timing
+from adaattn_compiler.calibrate.chosen import Timing, only_faster
+from adaattn_compiler.calibrate.chosen import in_words as slower_in_words
 from adaattn_compiler.calibrate.draft import provenance, site_policy
 from adaattn_compiler.calibrate.given import asked_for, batches_of
 from adaattn_compiler.calibrate.idle import idle
@@ -83,15 +84,16 @@ def calibrate(
     asked = asked_for(budget, output_budget, max_perplexity_change)
     given = batches_of(batches)
     found = calibration(model, given, asked, preset, seed, progress, heuristic=heuristic)
-    if found.idle:
-        log.warning("%s", found.idle)
+    for words in filter(None, (found.said, found.idle)):
+        log.warning("%s", words)
     return found.policy
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A policy, and what it was decided by. chosen: (exact, decided) seconds of each site that is
-    not all exact, measured as it will run. said: of the heuristic, where there is one. idle: why
+    not all exact, measured as it will run. said: of the heuristic, where there is one, and of sites
+    that were slower as decided (chosen.py). idle: why
     nothing was chosen, where that is not for its errors (calibrate/idle.py)."""
 
     policy: Policy
@@ -161,6 +163,8 @@ class _Run:
                 "`labels`; use output_budget or budget"
             )
         selection = self._selected(sites)
+        timed = self._timed(selection, sites)
+        selection = only_faster(selection, timed)
         outcome = self._outcome(selection, sites)
         largest = self._audited(selection, sites)
         entries = tuple(
@@ -168,9 +172,11 @@ class _Run:
             for k, site in sites.items()
         )
         origin = provenance(self.model, self.batches, self.budget, seed, outcome)
-        policy, timed = Policy(entries, origin), self._timed(selection, sites)
+        policy = Policy(entries, origin)
+        said = "\n".join(filter(None, (self.said, slower_in_words(timed))))
         why_idle = idle(policy, sites, self.budget, self.limit)
-        return Calibration(policy, sites, timed, self.said, why_idle)
+        kept = {key: times for key, times in timed.items() if any(selection[key])}
+        return Calibration(policy, sites, kept, said, why_idle)
 
     # -- stages --------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from decided_on_gpu import (
     gpu_plan,
     kept_by,
     last_rows,
+    order_of_lists,
     problem_named,
     through,
 )
@@ -44,7 +45,7 @@ from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.cpu.decided import DecidedRunner
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.envelope import guard_statistics
-from adaattn_compiler.kernels.patterns import nearest_first, pattern_blocks
+from adaattn_compiler.kernels.patterns import pattern_blocks
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import (
     lowrank_attention,
@@ -164,9 +165,7 @@ def test_blocks_whose_scores_are_low_are_skipped() -> None:
     near = spread(pattern_blocks(pattern, *sizes), (32, 32), met.shape[-2:])
     assert not near.all()
     met[:, 3] &= near
-    # Whole blocks come first, the nearest before the others, then those that the mask cuts.
-    rank = nearest_first(*sizes, (32, 32)).argsort(-1)
-    order = torch.where(structure.partial, rank.shape[-1] + rank, rank).argsort(-1)
+    order = order_of_lists(structure, sizes, (32, 32))
     given = ([], (), problem.spec, met, torch.tensor([skip]), (32, 32), 1, order)
     double, _ = skipping_attention([t.double() for t in tensors], *given)
     single, skipped = skipping_attention(tensors, *given)

@@ -19,6 +19,7 @@ from decided_on_gpu import (
     gpu_plan,
     kept_by,
     last_rows,
+    order_of_lists,
     problem_named,
     through,
 )
@@ -101,14 +102,16 @@ def test_blocks_are_skipped_by_their_scores_in_the_basis() -> None:
     heads = (EXACT, EXACT, EXACT, HeadDecision(basis=KeyBasis.of(turn), skip=2.0))
     plan = gpu_plan(problem, heads, PARTS).serialize()
     ours = attention_as_decided(*tensors, [], (), flags_of(problem), new_state(4), plan)
-    structure = block_structure(problem.spec.mask, *problem.shape.hints[1:], 32, 32)
+    sizes = problem.shape.hints[1:]
+    structure = block_structure(problem.spec.mask, *sizes, 32, 32)
     met = (structure.partial | structure.full)[None, None]
+    order = order_of_lists(structure, sizes, (32, 32))
     skip = torch.tensor([[math.inf] * 3 + [2.0]])
     results = []
     for dtype in (torch.float32, torch.float64):
         q, k, v = (tensor.to(dtype) for tensor in tensors)
         given = ([q @ turn.to(dtype), k @ turn.to(dtype), v], [], (), problem.spec)
-        result, skipped = skipping_attention(*given, met, skip, (32, 32), 1)
+        result, skipped = skipping_attention(*given, met, skip, (32, 32), 1, order)
         results.append(result[:, 3])
     assert skipped[:, 3].any()
     assert_as_accurate(ours[:, 3], *results)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adaattn_compiler.calibrate import chosen
 from adaattn_compiler.calibrate.board import Tensors
 from adaattn_compiler.calibrate.measure import Measuring, SiteMeasurements
 from adaattn_compiler.decision import BLOCK, HeadDecision, Precision
@@ -52,6 +53,7 @@ def by_what_is_computed(patch: pytest.MonkeyPatch) -> None:
         )
 
     patch.setattr(Measuring, "_seconds_of", seconds_of)
+    patch.setattr(chosen, "least_seconds", lambda ways: [2e-3, 1e-3])
 
 
 def bfloat16_is_rounded_to() -> bool:

@@ -15,9 +15,9 @@ from decided_plans import flags_of, plan_for
 from specs import problem_of, random_inputs
 
 from adaattn_compiler.decision import BLOCK, HeadDecision, Pattern, Precision
-from adaattn_compiler.kernels.blocks import block_structure
+from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
 from adaattn_compiler.kernels.decided import DecidedPlan
-from adaattn_compiler.kernels.patterns import pattern_blocks
+from adaattn_compiler.kernels.patterns import nearest_first, pattern_blocks
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.kernels.selection import selected_blocks
@@ -150,3 +150,12 @@ def assert_right(problem: Problem, heads: tuple[HeadDecision, ...], ours: torch.
         eager = reference(problem, narrow, kept, turn).to(problem.dtype)
         assert torch.equal(ours[:, head].isnan(), exact[:, head].isnan())
         assert_as_accurate(ours[:, head], eager[:, head], exact[:, head])
+
+
+def order_of_lists(
+    structure: BlockStructure, sizes: tuple[int, int], tile: tuple[int, int]
+) -> torch.Tensor:
+    """In which heads that skip meet their blocks: whole ones first, the nearest before the others,
+    then those that the mask cuts."""
+    rank = nearest_first(*sizes, tile).argsort(-1)
+    return torch.where(structure.partial, rank.shape[-1] + rank, rank).argsort(-1)
