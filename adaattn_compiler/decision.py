@@ -159,6 +159,8 @@ class HeadDecision:
         alone = self.basis is None or given == [self.pattern] or not given
         _check(alone, "basis", "given", "without selection, pooling and nystrom")
         _check(self.skip is None or self.skip > 0, "skip", self.skip, "above 0, or None")
+        if self.skip is not None:  # a whole number is the same decision as the float in a file
+            object.__setattr__(self, "skip", float(self.skip))
 
     @property
     def representation(self) -> Representation:

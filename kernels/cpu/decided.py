@@ -103,7 +103,9 @@ class DecidedRunner:
         modes = [_mode(head) if mixed else 0 for head in plan.heads]
         self._modes = torch.tensor([modes], dtype=torch.int32)
         thresholds = [math.inf if head.skip is None else head.skip for head in plan.heads]
-        self._skip = torch.tensor([thresholds]) if min(thresholds) < math.inf else None
+        self._skip = None
+        if min(thresholds) < math.inf:
+            self._skip = torch.tensor([thresholds], dtype=torch.float32)
         self._limits, self._budgets = np.array(plan.limit), np.array(plan.budgets)
         self._bounds = (torch.tensor(plan.low), torch.tensor(plan.high))
         # A bias of -inf may shut out all that a pattern keeps.
@@ -118,7 +120,12 @@ class DecidedRunner:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
         """Flags, int32 [B,H]: AS_DECIDED, LEFT_ENVELOPE or DEMOTED."""
+        self._check_heads(q)
         return self._base.guard(q, k, v, self._bounds, state)
+
+    def _check_heads(self, q: torch.Tensor) -> None:
+        if q.shape[1] != len(self.plan.heads):
+            raise ValueError(f"{q.shape[1]} heads; the plan decides about {len(self.plan.heads)}")
 
     def guarded(
         self,
@@ -130,6 +137,7 @@ class DecidedRunner:
         state: torch.Tensor,
     ) -> torch.Tensor:
         """The same with the flags of `check`."""
+        self._check_heads(q)
         self._base.check(q, k, v, operands)
         flags = self._base.guard(q, k, v, self._bounds, state, checked=True)
         return self(q, k, v, operands, params, flags, state, checked=True)
@@ -147,6 +155,8 @@ class DecidedRunner:
     ) -> torch.Tensor:
         """[B,H,M,E], laid out as [B,M,H,E]; what happened is added to the state. checked: whether
         q, k, v and operands are known to fit."""
+        if not checked:
+            self._check_heads(q)
         if not (q.numel() and k.numel()):  # nothing to decide about
             return self._base(q, k, v, operands, params)
         if not self._selections and not self._parts:
@@ -273,6 +283,7 @@ class DecidedRunner:
             state[:, column] += np.count_nonzero(flags == flag, 0)
         if sums is None:
             return
+        tried = tried & np.isfinite(sums).all(-1)  # else nothing was seen of their errors
         audited: Array = np.any(tried, axis=0)
         found = sums.sum(0, where=tried[..., None])
         means = state[:, Column.WRONG : Column.WHOLE + 1]

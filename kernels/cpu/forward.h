@@ -307,8 +307,9 @@ struct QueryBlock {
     const bool finite = start(call, at_batch, at_head, at_block);
     const int32_t* offset = call.offsets + batch * call.list_batch_stride +
                             head * call.list_head_stride + at_block;
-    // In the first step a row's largest score is not known yet.
-    const bool screens = kCanScreen && skip < kInfinity && offset[1] - offset[0] > kStepBlocks;
+    // In the first step a row's largest score is not known yet. Products say nothing of biases.
+    const bool screens = kCanScreen && skip < kInfinity && !call.key_bias &&
+                         offset[1] - offset[0] > kStepBlocks;
     if constexpr (kCanScreen)
       if (screens) start_screening(call);
     for (int64_t entry = offset[0]; entry < offset[1]; entry += kStepBlocks) {

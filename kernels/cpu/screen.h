@@ -26,6 +26,8 @@ constexpr bool kCanScreen = false;
 // Words of four whole numbers of 8 bits of a row or key.
 constexpr int kBytesInWord = 4, kScreenWords = (kHeadDim + kBytesInWord - 1) / kBytesInWord;
 constexpr int kScreenRounded = rounded_up(kHeadDim, kLanes);
+// The root of the dimension, or more.
+constexpr float kRootOfDim = kHeadDim <= 64 ? 8.0f : kHeadDim <= 256 ? 16.0f : float(kHeadDim);
 // What is behind the numbers of a block of keys.
 struct ScreenedBlock {
   float step;   // s_k
@@ -65,7 +67,8 @@ static inline float largest_magnitude(const Number* row) {
   return largest_of(most);
 }
 
-// x / step to the nearest whole number, as bytes; error and norm hold in each of the forms.
+// x / step to the nearest whole number, as bytes; error and norm hold in each of the forms. Squares
+// are of multiples of the step: those of small numbers by themselves would be 0.
 template <typename Number>
 static inline Screened screen_row(const Number* row, float step, Forms forms, int8_t* bytes) {
   const Floats rounding = all(12582912.0f);  // 1.5 * 2^23: the sum has no bits behind the point
@@ -73,13 +76,13 @@ static inline Screened screen_row(const Number* row, float step, Forms forms, in
   Floats errors[2] = {}, squares[2] = {}, wholes = {};
   for (int d = 0; d < kScreenRounded; d += kLanes) {
     const Floats x = load_some<kHeadDim>(row, d);
-    Floats n = rounded(x * inverse) + rounding - rounding;
+    const Floats given[2] = {rounded(x * inverse), rounded(in_bfloat16(x) * inverse)};
+    Floats n = given[0] + rounding - rounding;
     n = n > 127.0f ? all(127.0f) : n;
     n = n < -127.0f ? all(-127.0f) : n;
     wholes += n * n;
-    const Floats given[2] = {x, in_bfloat16(x)};
     for (int form = 0; form < 2; ++form) {
-      const Floats left = given[form] - n * step;
+      const Floats left = given[form] - n;
       errors[form] += left * left, squares[form] += given[form] * given[form];
     }
     const Bytes packed = __builtin_convertvector(__builtin_convertvector(n, Ints), Bytes);
@@ -88,9 +91,11 @@ static inline Screened screen_row(const Number* row, float step, Forms forms, in
   Screened found = {0, 0, std::sqrt(sum_of(wholes)) * step};
   for (int form = 0; form < 2; ++form) {
     if (!(form == 0 ? forms.floats : forms.pairs)) continue;
-    const float error = std::sqrt(sum_of(errors[form])), norm = std::sqrt(sum_of(squares[form]));
-    found.error = found.error > error ? found.error : error;
-    found.norm = found.norm > norm ? found.norm : norm;
+    // The last for what rounding did to multiples of up to 127, of each element.
+    const float error = std::sqrt(sum_of(errors[form])) + 127.0f * 2.4e-7f * kRootOfDim;
+    const float norm = std::sqrt(sum_of(squares[form]));
+    found.error = found.error > error * step ? found.error : error * step;
+    found.norm = found.norm > norm * step ? found.norm : norm * step;
   }
   return found;
 }

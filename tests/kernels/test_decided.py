@@ -295,6 +295,49 @@ def test_what_is_not_finite_is_in_no_envelope(value: float) -> None:
     assert flags.tolist() == [[1] * 4, [1, 1, 0, 1]]
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_in_one_batch_item_teaches_nothing(tensor: int, value: float) -> None:
+    problem = problem_of("gqa")
+    tensors, operands = random_inputs(problem)
+    huge = ((1e4,) * 4,) * 9
+    plan = dataclasses.replace(plan_for(problem), high=huge, limit=(9.0,) * 4, budgets=(9.0,) * 4)
+    text, state, guarded = plan.serialize(), new_state(4), torch.ops.adaattn.guarded_attention
+    bad = [t.clone() for t in tensors]
+    bad[tensor][1, 0, 5, 3] = value
+    for call in range(80):
+        guarded(*(bad if call == 3 else tensors), operands, [], state, text)
+    assert bool(state.isfinite().all())
+    assert not state[:, Column.DEMOTED].any()
+    assert bool((state[:, Column.AUDITS] >= 16).all())
+
+
+def test_heads_that_a_plan_says_nothing_of_are_refused() -> None:
+    problem = problem_of("plain")
+    (q, k, v), _ = random_inputs(problem)
+    text, many = plan_for(problem).serialize(), [t.repeat(1, 2, 1, 1) for t in (q, k, v)]
+    for given, state in ((many, new_state(8)), ((q[:, :2], k[:, :2], v[:, :2]), new_state(2))):
+        with pytest.raises(ValueError, match="the plan decides about 4"):
+            torch.ops.adaattn.guarded_attention(*given, [], [], state, text)
+        with pytest.raises(ValueError, match="the plan decides about 4"):
+            torch.ops.adaattn.check_envelope(*given, state, text)
+
+
+def test_a_threshold_may_be_a_whole_number() -> None:
+    problem = problem_of("causal", rows=700, columns=700)
+    (q, k, v), _ = random_inputs(problem)
+    given = (3 * q, k, v, [], (), flags_of(problem))
+    whole, fraction = HeadDecision(skip=9), HeadDecision(skip=9.0)
+    assert whole == fraction
+    assert isinstance(whole.skip, float)
+    plans = [plan_for(problem, (head,) * 4) for head in (whole, fraction)]
+    found = [DecidedRunner(plan)(*given, new_state(4)) for plan in plans]
+    assert torch.equal(*found)
+    exact = cpp_runner(plan_of(problem))(3 * q, k, v, [], ())
+    bound = 2 * 700 * math.exp(-9) * float(v.abs().max())  # kernels/bounds.py
+    assert (found[0] - exact).abs().max() <= bound
+
+
 def test_without_keys_nothing_is_as_decided() -> None:
     problem = problem_of("plain", rows=4, columns=0)
     (q, k, v), _ = random_inputs(problem)

@@ -143,6 +143,37 @@ def test_numbers_that_8_bits_do_not_hold(given: str, monkeypatch: pytest.MonkeyP
             assert_alike(pair, (q_BHMD, k_BGND, v_BGNE), plan)
 
 
+@needs_it
+@pytest.mark.parametrize("small", ["queries", "keys"])
+def test_squares_of_small_numbers_are_not_lost(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One large element makes all others 0 in whole numbers, and their squares are below any
+    float: later keys score three times as high as the first ones, by those alone."""
+    spec = dataclasses.replace(PLAIN, scale=0.125 if small == "queries" else 1e5)
+    pair = runners(spec, 64, "float32", monkeypatch)
+    tiny, outlier, huge = 2e-23, 6e-21, 8e23 if small == "queries" else 1e18
+    own, other = (tiny, huge) if small == "queries" else (huge, tiny)
+    q_BHMD = torch.full((1, HEADS, 64, 64), own)
+    q_BHMD[..., 0] = outlier if small == "queries" else 0
+    k_BGND = torch.zeros(1, HEADS // GROUP, 768, 64)
+    k_BGND[:, :, :256, 1:21], k_BGND[:, :, 256:, 1:61] = other, other
+    k_BGND[..., 0] = 0 if small == "queries" else outlier
+    v_BGNE = torch.randn(k_BGND.shape, generator=torch.Generator().manual_seed(0))
+    plan = plan_of(spec, (64, 768), 0.5, 0)
+    ascending = lists_by_head(torch.ones(1, 1, 1, 12, dtype=torch.bool), torch.tensor(False))
+    for lists in ((plan.offsets, plan.blocks), ascending):
+        met = dataclasses.replace(plan, offsets=lists[0], blocks=lists[1])
+        assert_alike(pair, (q_BHMD, k_BGND, v_BGNE), met)
+
+
+@needs_it
+def test_a_bias_by_key_is_not_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = runners(PLAIN, 64, "float32", monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    bias = 20 * torch.randn(1, 1, 768, generator=generator)
+    plan = dataclasses.replace(plan_of(PLAIN, (64, 768), 2.0, 0), key_bias=bias)
+    assert assert_alike(pair, tensors(64, 768, 64, 0.3), plan) > 0
+
+
 # -- the order in which blocks are met -------------------------------------------------------------
 
 
