@@ -25,7 +25,7 @@ constexpr int32_t kDecidedFlag = 1, kOutsideFlag = 0, kOffFlag = -1;
 constexpr double kKeep = 0.98, kMostCounted = (1 + kKeep) / (1 - kKeep), kLeastAudits = 16, kSure = 2;
 constexpr double kLeastSum = 1e-200;  // so that nothing is divided by 0
 // The query heads of a key head are audited in one of so many calls, those of others in others.
-constexpr int64_t kTurns = 4;
+constexpr int64_t kTurns = 8;
 
 // All members of 64 bits; kernels/cpu/call.py fills it.
 struct DecidedCall {

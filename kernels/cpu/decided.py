@@ -52,7 +52,7 @@ _ROWS_AT_ONCE = 8
 _KEEP, _LEAST_AUDITS, _SURE = 0.98, 16, 2.0
 _MOST_COUNTED = (1 + _KEEP) / (1 - _KEEP)
 # The query heads of a key head are audited in one of so many calls (decided.h has the same).
-_TURNS = 4
+_TURNS = 8
 # So that nothing is divided by 0.
 _LEAST_SUM = 1e-200
 
@@ -283,7 +283,7 @@ class DecidedRunner:
             state[:, column] += np.count_nonzero(flags == flag, 0)
         if sums is None:
             return
-        tried = tried & np.isfinite(sums).all(-1)  # else nothing was seen of their errors
+        tried = tried & np.isfinite(sums[..., 1])  # else nothing was seen of their errors
         audited: Array = np.any(tried, axis=0)
         found = sums.sum(0, where=tried[..., None])
         means = state[:, Column.WRONG : Column.WHOLE + 1]

@@ -80,12 +80,14 @@ class FewRows {
       int64_t row = 0;
       for (; row + kTogether <= rows; row += kTogether)
         multiply_keys<kTogether>(call, block, keys, row, values);
+      for (; row + 2 <= rows; row += 2) multiply_keys<2>(call, block, keys, row, values);
       for (; row < rows; ++row) multiply_keys<1>(call, block, keys, row, values);
       finite &= weigh(call, block, is_cut(entries[i]), keys, parts);
       const Ahead<kHeadDim> next =
           ahead_of<kHeadDim>(call, call.k, i + 1 < count ? block_of(entries[i + 1]) : block);
       for (row = 0; row + kTogether <= rows; row += kTogether)
         add_values<kTogether>(call, block, keys, row, next, parts);
+      for (; row + 2 <= rows; row += 2) add_values<2>(call, block, keys, row, next, parts);
       for (; row < rows; ++row) add_values<1>(call, block, keys, row, next, parts);
     }
     for (int64_t row = 0; row < rows; ++row) {
