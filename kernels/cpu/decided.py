@@ -201,12 +201,12 @@ class DecidedRunner:
             flags = flags.clamp(max=FAILED_AUDIT)
             out = self._base(*given)
         tried, sums = flags.numpy() == AS_DECIDED, None
-        if self.plan.rows and tried.any():
-            calls = int(state[0, Column.CALLS])
+        calls = int(state[0, Column.CALLS])
+        turn = tried & self._whose_turn(calls // len(tried))
+        if self.plan.rows and turn.any():
             sums = self._audited(*given, out, calls).numpy()
             # Where one head is off, the others may be: those whose turn it is not count, too.
             off = tried & ~(_errors(sums) <= self._limits)
-            turn = tried & self._whose_turn(calls // len(tried))
             if not (off & turn).any():
                 tried, off = turn, off & turn
             if off.any():
