@@ -44,16 +44,15 @@ class Timing:
 def only_faster(selection: Selection, timed: Mapping[SiteKey, tuple[float, float]]) -> Selection:
     """The selection with those sites exact that take no less time as decided; timed: (exact,
     decided) seconds of the others than exact ones."""
-    slower = {key for key, (exact, chosen) in timed.items() if chosen >= exact}
+    slower = _slower(timed)
     return {key: (0,) * len(own) if key in slower else own for key, own in selection.items()}
 
 
 def in_words(timed: Mapping[SiteKey, tuple[float, float]]) -> str:
     """Of the sites that `only_faster` leaves exact; "" where there are none."""
     slower = [
-        f"{key.name or '(root)'} ({chosen / exact:.2f} times as long)"
-        for key, (exact, chosen) in timed.items()
-        if chosen >= exact
+        f"{key.name or '(root)'} ({ratio:.2f} times as long)"
+        for key, ratio in _slower(timed).items()
     ]
     if not slower:
         return ""
@@ -61,3 +60,8 @@ def in_words(timed: Mapping[SiteKey, tuple[float, float]]) -> str:
         f"exact after all, as they took longer as decided: {', '.join(slower)}. Calls of so few "
         "tokens gain nothing, or the machine was busy: calibrate anew while nothing else runs"
     )
+
+
+def _slower(timed: Mapping[SiteKey, tuple[float, float]]) -> dict[SiteKey, float]:
+    """Of the sites that are no faster as decided, how many times as long they take."""
+    return {key: chosen / exact for key, (exact, chosen) in timed.items() if chosen >= exact}

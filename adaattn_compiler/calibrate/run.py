@@ -93,8 +93,8 @@ def calibrate(
 class Calibration:
     """A policy, and what it was decided by. chosen: (exact, decided) seconds of each site that is
     not all exact, measured as it will run. said: of the heuristic, where there is one, and of sites
-    that were slower as decided (chosen.py). idle: why
-    nothing was chosen, where that is not for its errors (calibrate/idle.py)."""
+    that were slower as decided (chosen.py). idle: why nothing was chosen, where that is not for its
+    errors (calibrate/idle.py)."""
 
     policy: Policy
     sites: Mapping[SiteKey, SiteMeasurements]
