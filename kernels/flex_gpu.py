@@ -79,11 +79,6 @@ def with_aligned_strides(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if aligned else tensor.contiguous()
 
 
-def is_recording() -> bool:
-    """Whether the current stream is recorded as a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 # Bytes: Inductor copies arguments that do not begin at a multiple of 16.
 _ALIGNMENT = 16
 

@@ -13,13 +13,13 @@ from adaattn_compiler.kernels.blocks import block_lists, block_structure
 from adaattn_compiler.kernels.evaluate import has_key, positions
 from adaattn_compiler.kernels.flex_gpu import (
     StagedInputs,
-    is_recording,
     is_wide,
     with_aligned_strides,
 )
 from adaattn_compiler.kernels.flex_inductor import FlexConfig, FlexVariant, compile_flex
 from adaattn_compiler.kernels.flex_reads import Reads
 from adaattn_compiler.kernels.kept import Kept
+from adaattn_compiler.kernels.on_device import is_recording
 from adaattn_compiler.kernels.through_op import with_unit_stride
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, M, N, S, Where, b, h, k, param, q
 

@@ -17,7 +17,8 @@ from torch import fx
 
 from adaattn_compiler.passes.canonical_view import origin_of
 from adaattn_compiler.passes.canonicalize import undisturbed
-from adaattn_compiler.passes.expand import copied, fake_mode_of, replayed, with_graph
+from adaattn_compiler.passes.dynamo_graph import copied, pass_source, with_graph
+from adaattn_compiler.passes.expand import fake_mode_of, replayed
 from adaattn_compiler.passes.lower import Lowered
 from adaattn_compiler.passes.site import Refused
 
@@ -137,8 +138,7 @@ def _body(
     outer = {i: place[item] for i, item in enumerate(passed) if item in place}
     graph, copies = copied(module.graph)
     for i, o in outer.items():
-        if hasattr(outside[o], "_dynamo_source"):
-            copies[inside[i]]._dynamo_source = outside[o]._dynamo_source
+        pass_source(outside[o], copies[inside[i]])
     inputs = tuple(real[outer[i]] if i in outer else None for i in range(len(inside)))
     return Body(name, call, with_graph(module, graph), inputs, outer)
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.passes.deadline import Deadline
+from adaattn_compiler.passes.dynamo_graph import source_of
 from adaattn_compiler.spec import Refusal
 
 
@@ -89,7 +90,7 @@ def origin_of(node: fx.Node) -> fx.Node:
 
 def owner_of(placeholder: fx.Node) -> str | None:
     """Where a module holds a Dynamo graph's input: "_parameters", "_buffers"; None elsewhere."""
-    base = getattr(getattr(placeholder, "_dynamo_source", None), "base", None)
+    base = getattr(source_of(placeholder), "base", None)
     member: str | None = getattr(base, "member", None)
     return member
 

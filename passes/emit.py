@@ -29,6 +29,7 @@ from adaattn_compiler.passes.canonical_view import (
     origin_of,
     overwritten,
 )
+from adaattn_compiler.passes.dynamo_graph import note_own_input
 from adaattn_compiler.passes.index_map import ONE, Axis, Digit, Index
 from adaattn_compiler.passes.operands import is_direct, mixed_radix
 from adaattn_compiler.passes.site import Operand
@@ -99,11 +100,13 @@ class Emitter:
         return node
 
     def input(self, name: str, value: torch.Tensor) -> fx.Node:
-        """One more input, after those that the graph has; value: what it is like."""
+        """One more input, after those that the graph has; value: what it is like. Whoever calls the
+        graph passes the same tensor in each call."""
         last = list(self.graph.find_nodes(op="placeholder"))[-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
         node.meta["example_value"] = self.fake_mode.from_tensor(value, static_shapes=True)
+        note_own_input(node)
         self.inputs.append(node)
         return node
 

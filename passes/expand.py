@@ -17,6 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from adaattn_compiler.passes.canonicalize import undisturbed
 from adaattn_compiler.passes.composites import COMPOSITES
+from adaattn_compiler.passes.dynamo_graph import copied, with_graph
 from adaattn_compiler.spec import Refusal
 
 log = logging.getLogger("adaattn_compiler")
@@ -55,27 +56,6 @@ def expand(graph_module: fx.GraphModule) -> fx.GraphModule:
         return graph_module
     graph.lint()
     return with_graph(graph_module, graph)
-
-
-def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of a graph, with what Dynamo notes of its nodes, and which node became which."""
-    copy = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    result = copy.graph_copy(graph, copies)
-    (output,) = graph.find_nodes(op="output")
-    copies[output] = copy.output(result)
-    copies[output].meta = dict(output.meta)
-    for node in graph.find_nodes(op="placeholder"):
-        if hasattr(node, "_dynamo_source"):
-            copies[node]._dynamo_source = node._dynamo_source
-    return copy, copies
-
-
-def with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A module like the given one, of another graph."""
-    new = fx.GraphModule(graph_module, graph)
-    new.meta = dict(graph_module.meta)
-    return new
 
 
 def fake_mode_of(graph: fx.Graph) -> Any:

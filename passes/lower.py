@@ -24,6 +24,7 @@ from adaattn_compiler.kernels.problem import Problem, Shape, Sizes, number_type
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.canonical_view import CanonicalView, meta_of, origin_of
 from adaattn_compiler.passes.choices import Choices, Chooser, SiteKey, keys_of
+from adaattn_compiler.passes.dynamo_graph import copied, with_graph
 from adaattn_compiler.passes.emit import Emitter
 from adaattn_compiler.passes.index_map import Axis, Index, NotAffine, divide
 from adaattn_compiler.passes.numbers import with_numbers_as_operands
@@ -72,7 +73,7 @@ def lower(
     chooser: Chooser | None = None,
 ) -> Rewritten:
     """See the module's docstring; chooser: asked first for each site."""
-    graph, copies = _copied(graph_module)
+    graph, copies = copied(graph_module.graph)
     tracer = fx.proxy.GraphAppendingTracer(graph)
     memo: dict[Any, Any] = {}
     # As they stand in the graph: what one writes (a mask), the next may read.
@@ -96,10 +97,8 @@ def lower(
         return Rewritten(None, tuple(results))
     _erase_dead(view, graph, copies, live)
     graph.lint()
-    rewritten = fx.GraphModule(graph_module, graph)
-    rewritten.meta = dict(graph_module.meta)
     states = tuple(result for result in done if result.choice.stateful)
-    return Rewritten(rewritten, tuple(results), states)
+    return Rewritten(with_graph(graph_module, graph), tuple(results), states)
 
 
 def _problems_of(sites: Sequence[Site]) -> list[Problem]:
@@ -109,16 +108,6 @@ def _problems_of(sites: Sequence[Site]) -> list[Problem]:
         with contextlib.suppress(Exception):
             problems.append(problem_of(site))
     return problems
-
-
-def _copied(graph_module: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(graph_module.graph, copies)
-    output = next(iter(graph_module.graph.find_nodes(op="output")))
-    copies[output] = graph.output(result)
-    copies[output].meta = dict(output.meta)
-    return graph, copies
 
 
 def _lowered(

@@ -1,7 +1,7 @@
 """Which of a graph's inputs are parameters of which module, and the fingerprint of a module's own.
 
-Dynamo notes of each input where in the model it came from. Checked against torch 2.11 and 2.13
-(`_dynamo_source` of placeholders, the form of its name).
+Dynamo notes of each input where in the model it came from. The form of that name is of torch 2.11
+and 2.13.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from adaattn_compiler.fingerprint import weights_fingerprint
+from adaattn_compiler.passes.dynamo_graph import source_of
 
 _STEP = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.(\w+)")
 _CONTAINERS = ("_modules", "_parameters", "_buffers", "_orig_mod")
@@ -48,7 +49,7 @@ class GraphWeights:
 
 def _path_of(node: fx.Node) -> str | None:
     """ "layers.0.q.weight" of L['self']._modules['layers']._modules['0']..."""
-    source = getattr(node, "_dynamo_source", None)
+    source = source_of(node)
     if source is None:
         return None
     name = source.name if isinstance(source.name, str) else source.name()

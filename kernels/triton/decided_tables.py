@@ -18,6 +18,7 @@ import torch
 from adaattn_compiler.decision import BLOCK, HeadDecision, KeyBasis
 from adaattn_compiler.kernels.blocks import BlockStructure, block_structure
 from adaattn_compiler.kernels.decided import DecidedPlan
+from adaattn_compiler.kernels.on_device import kept_on_device
 from adaattn_compiler.kernels.patterns import (
     kept_blocks,
     nearest_first,
@@ -49,7 +50,7 @@ def is_wide(tensor: torch.Tensor) -> bool:
 def decided_numbers(like: torch.Tensor, numbers: str) -> torch.Tensor:
     """A plan's numbers (`numbers_of`), float64 [26,H], on the device of a tensor: rows as they are
     named above."""
-    return _numbers(numbers, like.device).clone()
+    return _numbers(like.device)(numbers)[0].clone()
 
 
 @decided_numbers.register_fake
@@ -57,9 +58,11 @@ def _fake_numbers(like: torch.Tensor, numbers: str) -> torch.Tensor:
     return like.new_empty((_ROWS, len(json.loads(numbers)[0])), dtype=torch.float64)
 
 
-@functools.lru_cache(maxsize=_KEPT_NUMBERS)
-def _numbers(numbers: str, device: torch.device) -> torch.Tensor:
-    return torch.tensor(json.loads(numbers), dtype=torch.float64).to(device)
+def _numbers_made(numbers: str) -> tuple[torch.Tensor]:
+    return (torch.tensor(json.loads(numbers), dtype=torch.float64),)
+
+
+_numbers = kept_on_device(_KEPT_NUMBERS, _numbers_made)
 
 
 @functools.lru_cache(maxsize=_KEPT_PLANS)
@@ -83,8 +86,7 @@ def numbers_of(plan: str, wide: bool) -> str:
 def decided_bases(like: torch.Tensor, bases: str) -> list[torch.Tensor]:
     """A plan's bases (`bases_of`) by rank, ascending: of query heads [H,D,rank], 0 where a head has
     none of that rank, and of key heads [G,D,rank]; of a tensor's type, on its device."""
-    kept = _bases(bases, like.dtype, like.device)
-    return [basis.clone() for basis in kept]
+    return [basis.clone() for basis in _bases(like.device)(bases, like.dtype)]
 
 
 @decided_bases.register_fake
@@ -96,14 +98,16 @@ def _fake_bases(like: torch.Tensor, bases: str) -> list[torch.Tensor]:
     ]
 
 
-@functools.lru_cache(maxsize=_KEPT_TABLES)
-def _bases(bases: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-    made = []
+def _bases_made(bases: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    made: list[torch.Tensor] = []
     for rank, of_heads, of_keys, matrices in json.loads(bases):
         each = [KeyBasis(rank, matrix).tensor() for matrix in matrices]
         every = torch.stack([*each, torch.zeros_like(each[0])])  # the last one: none
-        made += [every[places].to(device, dtype) for places in (of_heads, of_keys)]
-    return tuple(made)
+        made += [every[places].to(dtype) for places in (of_heads, of_keys)]
+    return made
+
+
+_bases = kept_on_device(_KEPT_TABLES, _bases_made)
 
 
 @functools.lru_cache(maxsize=_KEPT_PLANS)
@@ -190,7 +194,7 @@ def decided_tables(
 ) -> list[torch.Tensor]:
     """The tables of M rows and N keys on the device of a tensor, in the order of `table_shapes`, of
     a plan `without_bases`."""
-    kept = _tables(plan, is_wide(like), (rows, columns), tuple(params), like.device)
+    kept = _tables(like.device)(plan, is_wide(like), (rows, columns), tuple(params))
     return [table.clone() for table in kept]
 
 
@@ -244,13 +248,15 @@ def _kinds(found: GpuDecisions, part: str) -> dict[Any, int]:
     return {kind: number for number, kind in enumerate(every)}
 
 
-@functools.lru_cache(maxsize=_KEPT_TABLES)
-def _tables(
-    plan: str, wide: bool, sizes: tuple[int, int], params: tuple[int, ...], device: torch.device
-) -> tuple[torch.Tensor, ...]:
+def _tables_made(
+    plan: str, wide: bool, sizes: tuple[int, int], params: tuple[int, ...]
+) -> list[torch.Tensor]:
     found = decisions_of(plan, wide)
     made = tables_by_name(found, *sizes, params)
-    return tuple(made[name].to(device) for name in table_shapes(found, *sizes))
+    return [made[name] for name in table_shapes(found, *sizes)]
+
+
+_tables = kept_on_device(_KEPT_TABLES, _tables_made)
 
 
 def tables_by_name(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from adaattn_compiler.kernels.on_device import kept_on_device
 from adaattn_compiler.kernels.triton.launch import forward
 from adaattn_compiler.kernels.triton.launch_backward import backward
 from adaattn_compiler.kernels.triton.launch_decode import decode
@@ -174,16 +175,22 @@ triton_attention_training.register_autograd(_gradients, setup_context=_setup)
 @torch.library.custom_op("adaattn::triton_tables", mutates_args=())
 def triton_tables(like: torch.Tensor, rows: int, columns: int, plan: str) -> list[torch.Tensor]:
     """The tables of a plan's blocks for sizes that are known, on a tensor's device (BlockTable)."""
+    return [part.clone() for part in _tables(like.device)(rows, columns, plan)]
+
+
+def _parts_of_tables(rows: int, columns: int, plan: str) -> list[torch.Tensor]:
     found = tables_of(TritonPlan.deserialize(plan), rows, columns)
-    return [part.to(like.device, copy=True) for table in found for part in _parts(table)]
+    return [part for table in found for part in _parts(table)]
+
+
+# Tables of so many plans and lengths, some megabytes each at most.
+_tables = kept_on_device(256, _parts_of_tables)
 
 
 @triton_tables.register_fake
 def _fake_tables(like: torch.Tensor, rows: int, columns: int, plan: str) -> list[torch.Tensor]:
-    found = tables_of(TritonPlan.deserialize(plan), rows, columns)
-    return [
-        like.new_empty(part.shape, dtype=torch.int32) for table in found for part in _parts(table)
-    ]
+    parts = _parts_of_tables(rows, columns, plan)
+    return [like.new_empty(part.shape, dtype=torch.int32) for part in parts]
 
 
 def _parts(table: BlockTable) -> tuple[torch.Tensor, torch.Tensor]:
