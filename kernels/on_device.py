@@ -34,9 +34,23 @@ def kept_on_device(
         return kept(device, *args)
 
     def on(device: torch.device) -> Callable[..., Tensors]:
-        return functools.partial(recorded if is_recording() else kept, device)
+        return functools.partial(recorded if is_recording() else _noted(kept), device)
 
     return on
+
+
+def _noted(kept: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """With a note to the allocator that the current stream reads the tensors: it knows only of the
+    stream that made them. Given up, they stay until that has happened."""
+
+    def found(device: torch.device, *args: Hashable) -> Tensors:
+        tensors = kept(device, *args)
+        if device.type == "cuda":
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.current_stream(device))
+        return tensors
+
+    return found
 
 
 def _copied(tensors: Sequence[torch.Tensor], device: torch.device) -> Tensors:

@@ -73,6 +73,24 @@ def load_statistics(ptr, rows, inside, MAY_BE_EMPTY: tl.constexpr):
 
 
 @triton.jit
+def store_terms(ptr, step, rows, inside, m_i, inverse, delta):
+    """What the kernels that follow read of rows, each `step` behind the one before."""
+    step = tl.cast(step, tl.int64)
+    tl.store(ptr + rows, m_i, mask=inside)
+    tl.store(ptr + step + rows, inverse, mask=inside)
+    tl.store(ptr + 2 * step + rows, delta, mask=inside)
+
+
+@triton.jit
+def load_terms(ptr, step, rows, inside):
+    """m_i, inverse and delta of rows; beyond them no weight."""
+    step = tl.cast(step, tl.int64)
+    m_i = tl.load(ptr + rows, mask=inside, other=0.0)
+    inverse = tl.load(ptr + step + rows, mask=inside, other=0.0)
+    return m_i, inverse, tl.load(ptr + 2 * step + rows, mask=inside, other=0.0)
+
+
+@triton.jit
 def weights_of_block(
     x_tile,
     y_tile,
@@ -104,7 +122,7 @@ def weights_of_block(
     # fmt: on
     if CUT:
         score = tl.where(q_inside, score, float("-inf"))
-    return S, tl.exp2((score - m_i) * UNIT) * inverse
+    return S, tl.exp2((score * FOLD - m_i) * UNIT) * inverse
 
 
 @triton.jit
@@ -145,8 +163,9 @@ def add_delta(
     """The sum of P dP over a block of keys."""
     offs_n = first + tl.arange(0, BLOCK_N)
     inside = offs_n < N
-    k_tile = load_rows(k_ptr, offs_n, stride_kn, inside, HEAD_DIM, BLOCK_D)
-    v_tile = load_rows(v_ptr, offs_n, stride_vn, inside, VALUE_DIM, BLOCK_E)
+    read = inside if CUT else None
+    k_tile = load_rows(k_ptr, offs_n, stride_kn, read, HEAD_DIM, BLOCK_D)
+    v_tile = load_rows(v_ptr, offs_n, stride_vn, read, VALUE_DIM, BLOCK_E)
     q, k = offs_m[:, None], offs_n[None, :]
     # fmt: off
     _, p = weights_of_block(
@@ -167,7 +186,7 @@ def attention_row_terms(
     grad_out_ptr,  # [B,H,M,E]
     out_ptr,  # [B,H,M,E]
     statistics_ptr,  # float32 [B,H,M,2], m_i and l_i
-    delta_ptr,  # float32 [B,H,M], written
+    terms_ptr,  # float32 [3,B,H,M], written: m_i, 1 / l_i and delta
     sink_sums_ptr,  # float32 [SINK_SUMS,B,H,M], written
     table_ptr,  # int32 [B|1,H|1, blocks of rows, 4], where LISTED, see tables.py
     blocks_ptr,  # int32, likewise
@@ -188,7 +207,8 @@ def attention_row_terms(
     stride_om,
     stride_tb,
     stride_th,
-    sums_step,  # B * H * M
+    terms_step,  # B * H * M
+    sums_step,  # likewise
     H,
     M,
     N,
@@ -257,7 +277,7 @@ def attention_row_terms(
             # fmt: on
     # A row without a key has no gradient, whatever it yields.
     delta = tl.where(inverse == 0.0, 0.0, delta)
-    tl.store(delta_ptr + row + offs_m, delta, mask=inside)
+    store_terms(terms_ptr + row, terms_step, offs_m, inside, m_i, inverse, delta)
     if SINK_SUMS > 0:
         sink = tl.cast(sink_of(b, h, offs_m, inside, M, N, OPERANDS), tl.float32) * (LOG2_E / UNIT)
         gradient = -tl.exp2((sink - m_i) * UNIT) * inverse * delta
@@ -299,8 +319,9 @@ def visit_keys(
     """What a block of keys, from `first` on, adds to dQ / scale and to the sums by rows."""
     offs_n = first + tl.arange(0, BLOCK_N)
     inside = offs_n < N
-    k_tile = load_rows(k_ptr, offs_n, stride_kn, inside, HEAD_DIM, BLOCK_D)
-    v_tile = load_rows(v_ptr, offs_n, stride_vn, inside, VALUE_DIM, BLOCK_E)
+    read = inside if CUT else None
+    k_tile = load_rows(k_ptr, offs_n, stride_kn, read, HEAD_DIM, BLOCK_D)
+    v_tile = load_rows(v_ptr, offs_n, stride_vn, read, VALUE_DIM, BLOCK_E)
     q, k = offs_m[:, None], offs_n[None, :]
     q_inside, k_inside = q < M, inside[None, :]
     # fmt: off
@@ -325,8 +346,7 @@ def attention_grad_q(
     k_ptr,  # [B,G,N,D]
     v_ptr,  # [B,G,N,E]
     grad_out_ptr,  # [B,H,M,E]
-    statistics_ptr,  # float32 [B,H,M,2]
-    delta_ptr,  # float32 [B,H,M]
+    terms_ptr,  # float32 [3,B,H,M]
     grad_q_ptr,  # [B,H,M,D], written
     row_sums_ptr,  # float32 [ROW_SUMS,B,H,M], written
     table_ptr,  # int32 [B|1,H|1, blocks of rows, 4], where LISTED
@@ -348,7 +368,8 @@ def attention_grad_q(
     stride_gqm,
     stride_tb,
     stride_th,
-    sums_step,  # B * H * M
+    terms_step,  # B * H * M
+    sums_step,  # likewise
     H,
     M,
     N,
@@ -360,7 +381,6 @@ def attention_grad_q(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     ROW_SUMS: tl.constexpr,  # how many numbers the score reads by rows that want a gradient
-    MAY_BE_EMPTY: tl.constexpr,  # some row may have no key
     PRECISION: tl.constexpr,
     LISTED: tl.constexpr,  # blocks stand in a table
     FULL_RUN: tl.constexpr,
@@ -384,8 +404,7 @@ def attention_grad_q(
     inside = offs_m < M
     q_tile = load_rows(q_ptr, offs_m, stride_qm, inside, HEAD_DIM, BLOCK_D)
     grad_tile = load_rows(grad_out_ptr, offs_m, stride_gom, inside, VALUE_DIM, BLOCK_E)
-    m_i, inverse = load_statistics(statistics_ptr + 2 * row, offs_m, inside, MAY_BE_EMPTY)
-    delta = tl.load(delta_ptr + row + offs_m, mask=inside, other=0.0)
+    m_i, inverse, delta = load_terms(terms_ptr + row, terms_step, offs_m, inside)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = zero_row_sums(BLOCK_M)
 
@@ -436,8 +455,8 @@ def visit_rows(
     v_tile,
     q_ptr,
     grad_out_ptr,
-    statistics_ptr,
-    delta_ptr,
+    terms_ptr,
+    terms_step,
     stride_qm,
     stride_gom,
     first,
@@ -451,7 +470,6 @@ def visit_rows(
     COLUMN_SUMS: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr,
-    MAY_BE_EMPTY: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -465,10 +483,10 @@ def visit_rows(
     """
     offs_m = first + tl.arange(0, BLOCK_M)
     inside = offs_m < M
-    q_tile = load_rows(q_ptr, offs_m, stride_qm, inside, HEAD_DIM, BLOCK_D)
-    grad_tile = load_rows(grad_out_ptr, offs_m, stride_gom, inside, VALUE_DIM, BLOCK_E)
-    m_i, inverse = load_statistics(statistics_ptr, offs_m, inside, MAY_BE_EMPTY)
-    delta = tl.load(delta_ptr + offs_m, mask=inside, other=0.0)
+    read = inside if CUT else None
+    q_tile = load_rows(q_ptr, offs_m, stride_qm, read, HEAD_DIM, BLOCK_D)
+    grad_tile = load_rows(grad_out_ptr, offs_m, stride_gom, read, VALUE_DIM, BLOCK_E)
+    m_i, inverse, delta = load_terms(terms_ptr, terms_step, offs_m, inside)
     q, k = offs_m[None, :], offs_n[:, None]
     q_inside, k_inside = inside[None, :], k < N
     # fmt: off
@@ -494,8 +512,7 @@ def attention_grad_kv(
     k_ptr,  # [B,G,N,D]
     v_ptr,  # [B,G,N,E]
     grad_out_ptr,  # [B,H,M,E]
-    statistics_ptr,  # float32 [B,H,M,2]
-    delta_ptr,  # float32 [B,H,M]
+    terms_ptr,  # float32 [3,B,H,M]
     grad_k_ptr,  # [B,G,N,D], written
     grad_v_ptr,  # [B,G,N,E], written
     column_sums_ptr,  # float32 [COLUMN_SUMS,B,H,N], written
@@ -521,6 +538,7 @@ def attention_grad_kv(
     stride_gvn,
     stride_tb,
     stride_th,
+    terms_step,  # B * H * M
     sums_step,  # B * H * N
     H,
     M,
@@ -533,7 +551,6 @@ def attention_grad_kv(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     COLUMN_SUMS: tl.constexpr,  # how many numbers the score reads by columns that want a gradient
-    MAY_BE_EMPTY: tl.constexpr,  # some row may have no key
     PRECISION: tl.constexpr,
     LISTED: tl.constexpr,  # blocks stand in a table
     FULL_RUN: tl.constexpr,
@@ -560,8 +577,7 @@ def attention_grad_kv(
         head = b.to(tl.int64) * H + h
         q_of_head = head_of(q_ptr, b, h, stride_qb, stride_qh)
         grad_of_head = head_of(grad_out_ptr, b, h, stride_gob, stride_goh)
-        statistics_of_head = statistics_ptr + 2 * head * M
-        delta_of_head = delta_ptr + head * M
+        terms_of_head = terms_ptr + head * M
         table_of_head = table_ptr
         if LISTED:
             table_of_head += b * stride_tb + h * stride_th + key_block * 4
@@ -574,9 +590,9 @@ def attention_grad_kv(
             # fmt: off
             grad_k, grad_v, sums = visit_rows(
                 grad_k, grad_v, sums, k_tile, v_tile,
-                q_of_head, grad_of_head, statistics_of_head, delta_of_head, stride_qm, stride_gom,
+                q_of_head, grad_of_head, terms_of_head, terms_step, stride_qm, stride_gom,
                 block * BLOCK_M, b, h, offs_n, M, N, OPERANDS,
-                False, COLUMN_SUMS, SCALE, UNIT, MAY_BE_EMPTY, PRECISION,
+                False, COLUMN_SUMS, SCALE, UNIT, PRECISION,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_E,
             )
             # fmt: on
@@ -585,9 +601,9 @@ def attention_grad_kv(
             # fmt: off
             grad_k, grad_v, sums = visit_rows(
                 grad_k, grad_v, sums, k_tile, v_tile,
-                q_of_head, grad_of_head, statistics_of_head, delta_of_head, stride_qm, stride_gom,
+                q_of_head, grad_of_head, terms_of_head, terms_step, stride_qm, stride_gom,
                 block * BLOCK_M, b, h, offs_n, M, N, OPERANDS,
-                True, COLUMN_SUMS, SCALE, UNIT, MAY_BE_EMPTY, PRECISION,
+                True, COLUMN_SUMS, SCALE, UNIT, PRECISION,
                 HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_D, BLOCK_E,
             )
             # fmt: on

@@ -77,16 +77,15 @@ def shared_arguments(
     given: Sequence[torch.Tensor],
     operands: Sequence[torch.Tensor],
     params: Sequence[int],
-    statistics: torch.Tensor,
+    terms: torch.Tensor,
 ) -> dict[str, Any]:
-    """given: q, k, v and the gradient of the output."""
+    """given: q, k, v and the gradient of the output; terms: float32 [3,B,H,M], of rows."""
     tensors = [with_unit_stride(tensor.to(given[0].dtype)) for tensor in given]
     axes = {"q": "bhm", "k": "bgn", "v": "bgn", "grad_out": "bhm"}
     found: dict[str, Any] = {}
     for (name, of), tensor in zip(axes.items(), tensors, strict=True):
         found |= {f"{name}_ptr": tensor, **stride_arguments(_SHORT.get(name, name), of, tensor)}
-    found["statistics_ptr"] = statistics.contiguous()
-    found["delta_ptr"] = statistics.new_empty(statistics.shape[:3])
+    found |= {"terms_ptr": terms, "terms_step": terms.stride(0)}
     found |= {"H": given[0].shape[1], "M": given[0].shape[2], "N": given[1].shape[2]}
     found |= zip(made_for.params, params, strict=True)
     found |= zip(made_for.operands, operand_arguments(operands), strict=True)

@@ -22,8 +22,8 @@ def add_block(
     k_ptr,
     v_ptr,
     grad_out_ptr,
-    statistics_ptr,
-    delta_ptr,
+    terms_ptr,
+    terms_step,
     stride_qb,
     stride_qh,
     stride_qm,
@@ -50,7 +50,6 @@ def add_block(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    MAY_BE_EMPTY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,7 +72,7 @@ def add_block(
         row = (tl.cast(b, tl.int64) * H + h) * M
         q_tile = load_rows(q_ptr, offs_m, stride_qm, rows_inside, HEAD_DIM, BLOCK_D)
         k_tile = load_rows(k_ptr, offs_n, stride_kn, keys_inside, HEAD_DIM, BLOCK_D)
-        m_i, inverse = load_statistics(statistics_ptr + 2 * row, offs_m, rows_inside, MAY_BE_EMPTY)
+        m_i, inverse, delta = load_terms(terms_ptr + row, terms_step, offs_m, rows_inside)
         # fmt: off
         S, p = weights_of_block(
             q_tile, k_tile, b, h, q, k, q_inside, k_inside, m_i[:, None], inverse[:, None],
@@ -83,7 +82,6 @@ def add_block(
         # fmt: on
         grad_tile = load_rows(grad_out_ptr, offs_m, stride_gom, rows_inside, VALUE_DIM, BLOCK_E)
         v_tile = load_rows(v_ptr, offs_n, stride_vn, keys_inside, VALUE_DIM, BLOCK_E)
-        delta = tl.load(delta_ptr + row + offs_m, mask=rows_inside, other=0.0)
         dP = product(grad_tile, tl.trans(v_tile), None, PRECISION)
         dscore = p * (dP - delta[:, None])
         # fmt: off
@@ -100,8 +98,7 @@ def attention_grad_bias(
     k_ptr,  # [B,G,N,D]
     v_ptr,  # [B,G,N,E]
     grad_out_ptr,  # [B,H,M,E]
-    statistics_ptr,  # float32 [B,H,M,2]
-    delta_ptr,  # float32 [B,H,M]
+    terms_ptr,  # float32 [3,B,H,M], see backward.py
     bias_ptr,  # written, where q and k lie inside it
     stride_qb,
     stride_qh,
@@ -115,6 +112,7 @@ def attention_grad_bias(
     stride_gob,
     stride_goh,
     stride_gom,
+    terms_step,  # B * H * M
     bias_from,  # the place of what b, h, and the axes of q and k count from
     stride_bias_b,
     stride_bias_h,
@@ -138,7 +136,6 @@ def attention_grad_bias(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    MAY_BE_EMPTY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -153,12 +150,12 @@ def attention_grad_bias(
     for item in range(items):
         # fmt: off
         total = add_block(
-            total, q_ptr, k_ptr, v_ptr, grad_out_ptr, statistics_ptr, delta_ptr,
+            total, q_ptr, k_ptr, v_ptr, grad_out_ptr, terms_ptr, terms_step,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_kn,
             stride_vb, stride_vg, stride_vn, stride_gob, stride_goh, stride_gom,
             first_b + item // shared, first_h + item % shared, row_block, key_block,
             H, M, N, OPERANDS,
-            LOAD, SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, MAY_BE_EMPTY, PRECISION,
+            LOAD, SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on
@@ -181,8 +178,7 @@ def attention_grad_distance(
     k_ptr,  # [B,G,N,D]
     v_ptr,  # [B,G,N,E]
     grad_out_ptr,  # [B,H,M,E]
-    statistics_ptr,  # float32 [B,H,M,2]
-    delta_ptr,  # float32 [B,H,M]
+    terms_ptr,  # float32 [3,B,H,M], see backward.py
     sums_ptr,  # float32 [B|1 * H|1, diagonals, 2, BLOCK_N], written
     stride_qb,
     stride_qh,
@@ -196,6 +192,7 @@ def attention_grad_distance(
     stride_gob,
     stride_goh,
     stride_gom,
+    terms_step,  # B * H * M
     items,  # batch items and heads that share a number
     H,
     M,
@@ -208,7 +205,6 @@ def attention_grad_distance(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    MAY_BE_EMPTY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -229,12 +225,12 @@ def attention_grad_distance(
         for row_block in range(first, last):
             # fmt: off
             total = add_block(
-                total, q_ptr, k_ptr, v_ptr, grad_out_ptr, statistics_ptr, delta_ptr,
+                total, q_ptr, k_ptr, v_ptr, grad_out_ptr, terms_ptr, terms_step,
                 stride_qb, stride_qh, stride_qm, stride_kb, stride_kg, stride_kn,
                 stride_vb, stride_vg, stride_vn, stride_gob, stride_goh, stride_gom,
                 first_b + item // shared, first_h + item % shared, row_block, row_block + ahead,
                 H, M, N, OPERANDS,
-                LOAD, SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, MAY_BE_EMPTY, PRECISION,
+                LOAD, SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, PRECISION,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
             )
             # fmt: on

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Compiled:
     registers spilled to memory; registers: of each thread."""
 
     ptx: str
+    cubin: bytes = field(repr=False)
     shared_memory: int
     registers: int
     spills: int
@@ -206,7 +207,7 @@ def compiled_backward(
     """The kernels of the backward pass by name; chosen: the operands that want a gradient."""
     module = loaded(backward_source(made_for))
     inputs = ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-    sums = ("statistics", "delta", "sink_sums", "row_sums", "column_sums", "sums", "bias")
+    sums = ("statistics", "terms", "sink_sums", "row_sums", "column_sums", "sums", "bias")
     types = {
         **{f"{name}_ptr": dtype for name in inputs},
         **{f"{name}_ptr": "float32" for name in sums},
@@ -264,7 +265,8 @@ def built_for(
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": how[0], "num_stages": how[1]}
     built = triton.compile(source, target=target, options=options)
-    return Compiled(built.asm["ptx"], built.metadata.shared, *_resources(built.asm["cubin"]))
+    code, cubin = built.asm["ptx"], built.asm["cubin"]
+    return Compiled(code, cubin, built.metadata.shared, *_resources(cubin))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import sympy
+from sympy.core.relational import Relational
 
 from adaattn_compiler.kernels.printing import SHARED_FORMS, Form, NoCode, Printer
 from adaattn_compiler.spec import Load, Where, k, q
@@ -47,6 +48,21 @@ class Tile(Printer):
         sympy.Abs: lambda parts: f"tl.abs({parts[0]})",
         sympy.tanh: lambda parts: f"tanh({parts[0]})",
     }
+
+    def printed(self, expression: Any, guard: str | None = None) -> str:
+        if isinstance(expression, Relational):
+            expression = self._with_key_alone(expression)
+        return super().printed(expression, guard)
+
+    def _with_key_alone(self, relation: Any) -> Any:
+        """`k <= q` for `q - k >= 0`: what depends on rows alone is computed once for all keys."""
+        difference = sympy.expand(relation.lhs - relation.rhs)
+        sign = difference.coeff(k)
+        rest = sympy.expand(difference - sign * k)
+        if sign not in (1, -1) or rest.has(k) or not self.is_whole(rest):
+            return relation
+        kind = relation.func if sign == 1 else relation.reversed.func
+        return kind(k, -sign * rest, evaluate=False)
 
     def symbol(self, symbol: Any) -> str:
         # Triton takes a number of run time for one of 32 bits where it fits.

@@ -47,6 +47,7 @@ def visit_blocks(
     OPERANDS,
     LISTED: tl.constexpr,
     FULL_RUN: tl.constexpr,
+    CUT: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr,
     QK: tl.constexpr,
@@ -81,7 +82,7 @@ def visit_blocks(
         acc, l_i, m_i, t_i = visit_block(
             acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn, block * BLOCK_N,
             b, h, offs_m, M, N, OPERANDS,
-            True, skip, HAS_SKIP, SCALE, UNIT, QK, PV, LAZY, HAS_ENTROPY, HAS_VALUES,
+            CUT, skip, HAS_SKIP, SCALE, UNIT, QK, PV, LAZY, HAS_ENTROPY, HAS_VALUES,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on
@@ -151,6 +152,7 @@ def attend(
     FULL_RUN: tl.constexpr,
     ALTERNATIVE_LISTED: tl.constexpr,
     ALTERNATIVE_FULL_RUN: tl.constexpr,
+    CUT: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,7 +205,8 @@ def attend(
             acc, l_i, m_i, t_i, q_tile, keys, values, stride_kn, stride_vn,
             alternative_table_ptr, alternative_blocks_ptr, tl.where(flag > 0, 1, 0), skip, HAS_SKIP,
             row_block, b, h, offs_m, M, N, OPERANDS,
-            ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, SCALE, UNIT, ALTERNATIVE_QK, ALTERNATIVE_PV,
+            ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, CUT,
+            SCALE, UNIT, ALTERNATIVE_QK, ALTERNATIVE_PV,
             LAZY, HAS_ENTROPY, HAS_VALUES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )
         # fmt: on
@@ -211,7 +214,7 @@ def attend(
     acc, l_i, m_i, t_i = visit_blocks(
         acc, l_i, m_i, t_i, q_tile, keys, values, stride_kn, stride_vn,
         table_ptr, blocks_ptr, taken, 0.0, False, row_block, b, h, offs_m, M, N, OPERANDS,
-        LISTED, FULL_RUN, SCALE, UNIT, QK, PV,
+        LISTED, FULL_RUN, CUT, SCALE, UNIT, QK, PV,
         LAZY, HAS_ENTROPY, HAS_VALUES, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )
     # fmt: on
@@ -302,6 +305,7 @@ def fused_qk_softmax_av(
     FULL_RUN: tl.constexpr,  # full blocks follow each other
     ALTERNATIVE_LISTED: tl.constexpr,
     ALTERNATIVE_FULL_RUN: tl.constexpr,
+    CUT: tl.constexpr,  # of blocks that are, see `scores_of_block`
     BY_DESCRIPTOR: tl.constexpr,  # keys and values, by the tensor memory accelerator
     PERSISTENT: tl.constexpr,  # each program takes tiles in turn, of `tiles`
     BLOCK_M: tl.constexpr,
@@ -321,8 +325,8 @@ def fused_qk_softmax_av(
                 OPERANDS, SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, HAS_SINK, EMPTY_ROW,
                 HAS_VALUES, HAS_LSE, HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS,
                 HAS_ALTERNATIVE, HAS_SKIP, QK, PV, ALTERNATIVE_QK, ALTERNATIVE_PV, LAZY, LISTED,
-                FULL_RUN, ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, BY_DESCRIPTOR, BLOCK_M, BLOCK_N,
-                BLOCK_D, BLOCK_E,
+                FULL_RUN, ALTERNATIVE_LISTED, ALTERNATIVE_FULL_RUN, CUT, BY_DESCRIPTOR, BLOCK_M,
+                BLOCK_N, BLOCK_D, BLOCK_E,
             )
     else:
         attend(
@@ -334,6 +338,6 @@ def fused_qk_softmax_av(
             SCALE, UNIT, GROUP, HEAD_DIM, VALUE_DIM, HAS_SINK, EMPTY_ROW, HAS_VALUES, HAS_LSE,
             HAS_STATISTICS, HAS_ENTROPY, HAS_MAXIMUM, HAS_FLAGS, HAS_ALTERNATIVE, HAS_SKIP, QK, PV,
             ALTERNATIVE_QK, ALTERNATIVE_PV, LAZY, LISTED, FULL_RUN, ALTERNATIVE_LISTED,
-            ALTERNATIVE_FULL_RUN, BY_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            ALTERNATIVE_FULL_RUN, CUT, BY_DESCRIPTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )
     # fmt: on

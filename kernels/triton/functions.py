@@ -35,17 +35,37 @@ def minimum(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
+# Triton's interpreter has no assembly.
+INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def reciprocal(value):
+    """1 / value within 2^-23, of a value that is neither tiny nor huge: one instruction, where a
+    division takes five."""
+    if INTERPRETED:
+        found = 1.0 / value
+    else:
+        found = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return found
+
+
 @triton.jit
 def tanh(value):
-    """Relative error 2^-22: x + x^3 P(x^2) near 0 (minimax), elsewhere by exp(-2 |x|)."""
-    x = tl.cast(value, tl.float32)
-    size = tl.abs(x)
-    square = x * x
-    p = -5.89515801e-3 * square + 2.07959716e-2
-    p = p * square - 5.37838303e-2
-    p = p * square + 1.33319241e-1
-    p = p * square - 3.3333298e-1
-    near = x + x * square * p
-    shrunk = tl.exp(-2.0 * size)
-    far = (1.0 - shrunk) / (1.0 + shrunk)
-    return tl.where(size < 0.6, near, tl.where(x < 0, -far, far))
+    """Relative error below 2^-21: x P(x^2) / Q(x^2), minimax up to 7.9, where it is all but 1.
+
+    Without a branch, and without an exponential, of which a processor does 16 at a time.
+    """
+    x = minimum(maximum(tl.cast(value, tl.float32), -7.9), 7.9)
+    u = x * x
+    p = 1.54283732e-8 * u + 2.2023527e-5
+    p = p * u + 3.57900886e-3
+    p = p * u + 1.34506345e-1
+    p = p * u + 1.0
+    q = 8.59894158e-7 * u + 3.42367828e-4
+    q = q * u + 2.61923019e-2
+    q = q * u + 4.67839628e-1
+    q = q * u + 1.0
+    return x * p * reciprocal(q)

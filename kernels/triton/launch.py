@@ -23,11 +23,13 @@ from adaattn_compiler.kernels.triton.source import (
     MIXED,
     Configuration,
     forward_source,
+    units,
 )
 from adaattn_compiler.kernels.triton.tables import BlockTable
-from adaattn_compiler.spec import AttentionSpec, S
+from adaattn_compiler.spec import AttentionSpec
 
-_LOG2_E = 1.4426950408889634
+# As in tile.py.
+_BY_MASK = 2
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ def _launch(
             alternative=None if alternative is None else alternative.products,
             alternative_listed=other is not None,
             alternative_full_run=other is None or other.full_run,
+            ragged=not (isinstance(columns, int) and columns % tiles.keys == 0),
         ),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -306,8 +309,10 @@ def constants(
     alternative: Products | None = None,
     alternative_listed: bool = False,
     alternative_full_run: bool = True,
+    ragged: bool = True,
 ) -> dict[str, Any]:
-    """What the forward kernel is specialized for; has_alternative: None: as has_flags."""
+    """What the forward kernel is specialized for; has_alternative: None: as has_flags. ragged: the
+    last block of keys may have fewer."""
     products = products_of(precision)
     other = alternative or products
     return {
@@ -331,6 +336,7 @@ def constants(
         "FULL_RUN": full_run,
         "ALTERNATIVE_LISTED": alternative_listed,
         "ALTERNATIVE_FULL_RUN": alternative_full_run,
+        "CUT": True if ragged else _BY_MASK,
     }
 
 
@@ -341,10 +347,10 @@ def products_of(precision: str | Products) -> Products:
 
 def shared_constants(spec: AttentionSpec, dims: tuple[int, int], tiles: Tiles) -> dict[str, Any]:
     """What each template is specialized for; dims: D and E."""
-    plain = spec.score == S
+    scale, unit = units(spec)
     return {
-        "SCALE": spec.scale * _LOG2_E if plain else spec.scale,
-        "UNIT": 1.0 if plain else _LOG2_E,
+        "SCALE": scale,
+        "UNIT": unit,
         "GROUP": spec.group,
         "HEAD_DIM": dims[0],
         "VALUE_DIM": dims[1],

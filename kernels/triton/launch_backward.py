@@ -135,9 +135,11 @@ def backward(
         loaded(backward_source(made_for)),
         specialized(made_for, dims, tiles, precision, chosen, (table, key_table)),
         (q_BHMD.shape[0], q_BHMD.shape[1], q_BHMD.shape[2], k_BGND.shape[2]),
-        shared_arguments(made_for, given, operands, params, statistics),
+        shared_arguments(
+            made_for, given, operands, params, statistics.new_empty(3, *statistics.shape[:3])
+        ),
     )
-    sink_sums = _row_terms(call, out_BHME, table)
+    sink_sums = _row_terms(call, out_BHME, statistics, table)
     grad_q, row_sums = _grad_q(call, table)
     grad_k, grad_v, column_sums = _grad_kv(call, key_table)
     parts = [
@@ -152,7 +154,7 @@ def backward(
 
 # By capability and the widest head.
 _TILES = {
-    (True, 64): BackwardTiles(Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 64, 8, 2)),
+    (True, 64): BackwardTiles(Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2), Tiles(64, 64, 8, 2)),
     (True, 128): BackwardTiles(Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 64, 8, 2)),
     (True, 256): BackwardTiles(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
     (False, 64): BackwardTiles(Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), Tiles(64, 64, 8, 2)),
@@ -160,7 +162,7 @@ _TILES = {
     (False, 256): BackwardTiles(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
 }
 _TILES_OF_FLOATS = {
-    64: BackwardTiles(Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    64: BackwardTiles(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
     128: BackwardTiles(Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 2), Tiles(32, 32, 8, 2)),
     256: BackwardTiles(Tiles(16, 32, 8, 2), Tiles(16, 32, 8, 2), Tiles(16, 16, 8, 2)),
 }
@@ -186,9 +188,7 @@ def specialized(
     def of(kernel: str, its: Tiles, **more: Any) -> Specialized:
         shared = shared_constants(spec, dims, its)
         del shared["HAS_SINK"], shared["EMPTY_ROW"]
-        may_be_empty = spec.empty_row is not EmptyRow.IMPOSSIBLE
-        fixed = {**shared, "PRECISION": precision, "MAY_BE_EMPTY": may_be_empty, **more}
-        return Specialized(kernel, its, fixed)
+        return Specialized(kernel, its, {**shared, "PRECISION": precision, **more})
 
     def count(sums: Sums, *, in_sink: bool = False) -> int:
         """All of a kind or none: each has its place."""
@@ -201,8 +201,13 @@ def specialized(
     )
     sinks, rows, columns = count(Sums.ROWS, in_sink=True), count(Sums.ROWS), count(Sums.COLUMNS)
     scale = {"PRODUCT_SCALE": spec.scale}
+    terms = {
+        "SINK_SUMS": sinks,
+        "REFINED": refined,
+        "MAY_BE_EMPTY": spec.empty_row is not EmptyRow.IMPOSSIBLE,
+    }
     found = {
-        ROW_TERMS: of(ROW_TERMS, tiles.queries, SINK_SUMS=sinks, REFINED=refined, **by_rows),
+        ROW_TERMS: of(ROW_TERMS, tiles.queries, **terms, **by_rows),
         GRAD_Q: of(GRAD_Q, tiles.queries, ROW_SUMS=rows, **by_rows, **scale),
         GRAD_KV: of(GRAD_KV, tiles.keys, COLUMN_SUMS=columns, **by_keys, **scale),
     }
@@ -225,8 +230,10 @@ def _signs(reading: Reading) -> dict[str, int]:
 # -- launches --------------------------------------------------------------------------------------
 
 
-def _row_terms(call: Call, out: torch.Tensor, table: BlockTable | None) -> torch.Tensor | None:
-    """Writes delta; returns the sums of what the sink reads."""
+def _row_terms(
+    call: Call, out: torch.Tensor, statistics: torch.Tensor, table: BlockTable | None
+) -> torch.Tensor | None:
+    """Writes the terms of rows; returns the sums of what the sink reads."""
     batch, heads, rows, _ = call.sizes
     count = call.specialized[ROW_TERMS].constants["SINK_SUMS"]
     sums = call.sums(count, rows) if count else None
@@ -235,6 +242,7 @@ def _row_terms(call: Call, out: torch.Tensor, table: BlockTable | None) -> torch
         ROW_TERMS,
         call.blocks(ROW_TERMS)[0] * batch * heads,
         out_ptr=out,
+        statistics_ptr=statistics.contiguous(),
         sink_sums_ptr=sums,
         sums_step=batch * heads * rows,
         **stride_arguments("o", "bhm", out),

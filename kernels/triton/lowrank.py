@@ -74,7 +74,7 @@ def visit_centroids(
         M, N, OPERANDS,
         False, SCALE, QK,
     )
-    score += (log_count * (LOG2_E / UNIT))[None, :]
+    score += (log_count * (LOG2_E / (UNIT * FOLD)))[None, :]
     return weigh_block(
         acc, l_i, m_i, t_i, score, v_ptr, stride_vc, 0, centroids, inside, 0.0, False,
         UNIT, PV, LAZY, False, True, VALUE_DIM, BLOCK_E,
@@ -171,7 +171,7 @@ def fused_lowrank_attention(
     acc, l_i, m_i, t_i = visit_blocks(
         acc, l_i, m_i, t_i, q_tile, k_ptr, v_ptr, stride_kn, stride_vn,
         near_ptr, near_blocks_ptr, taken, 0.0, False, row_block, b, h, offs_m, M, N, OPERANDS,
-        True, FULL_RUN, SCALE, UNIT, QK, PV,
+        True, FULL_RUN, True, SCALE, UNIT, QK, PV,
         LAZY, False, True, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
     )
     # fmt: on

@@ -6,9 +6,10 @@ For each query row, over the keys in blocks, with a reference m_i that the score
     score = score_of(scale * q k^T)        m = max(m_i, max(score))
     acc   = acc * exp(m_i - m) + exp(score - m) v        l_i likewise        out = acc / l_i
 
-Exponentials are of base 2: exp(x) = exp2(UNIT * x). Where the score is S itself, that factor is in
-SCALE, and UNIT is 1; elsewhere differences are taken first, so that what is near the largest float
-stays finite.
+Exponentials are of base 2: exp(x) = exp2(UNIT * x). Where FOLD is not 1 (source.py), it is that
+factor, and the scale of S if that is the score: UNIT is 1 then, the reference is of scores times
+FOLD, and the difference takes one instruction. Elsewhere differences are taken first, so that what
+is near the largest float stays finite.
 
 LAZY: m stays m_i, and acc is left as it is, until some row of the tile has grown by more than
 LARGEST_GROWTH: the result is the same, as weights, sum and output have one reference, whichever.
@@ -76,10 +77,10 @@ def weigh_block(
     VALUE_DIM: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A block whose scores are known, unless it is skipped; skip: of each row, in their units."""
+    """A block whose scores are known, unless it is skipped; skip: of each row, in units of m_i."""
     # fmt: off
     if HAS_SKIP:
-        counts = tl.max(score, 1) >= m_i - skip
+        counts = tl.max(score, 1) * FOLD >= m_i - skip
         score = tl.where(counts[:, None], score, float("-inf"))
         if tl.max(counts.to(tl.int32), 0) > 0:
             acc, l_i, m_i, t_i = add_block(
@@ -115,13 +116,13 @@ def add_block(
     VALUE_DIM: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A block whose scores are known, with the values of the rows offs_n, of those inside."""
-    m_new = tl.maximum(m_i, tl.max(score, 1))
+    """A block whose scores are known, with the values of the rows offs_n; inside: see `load_at`."""
+    m_new = tl.maximum(m_i, tl.max(score, 1) * FOLD)
     if LAZY:
         grown = has_grown(m_i, m_new, UNIT)
         m_new = tl.where(grown, m_new, m_i)
     m_safe, shift = shifted(m_i, m_new, UNIT)
-    x = (score - m_safe[:, None]) * UNIT
+    x = (score * FOLD - m_safe[:, None]) * UNIT
     p = tl.exp2(x)
     alpha = tl.exp2(shift)
     if HAS_ENTROPY:
@@ -172,13 +173,15 @@ def visit_block(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A block of keys, from `first` on; CUT: the mask, or the end of the keys, goes through it.
+    """A block of keys, from `first` on; CUT: as in `scores_of_block`.
 
     q: positions of the tile's rows; h: a number, or that of each row, as a column.
     """
     offs_n = first + tl.arange(0, BLOCK_N)
     inside = offs_n < N
-    k_tile = load_block(k_ptr, first, offs_n, stride_kn, inside, HEAD_DIM, BLOCK_D)
+    read = inside if CUT else None
+    read = None if CUT == BY_MASK else read
+    k_tile = load_block(k_ptr, first, offs_n, stride_kn, read, HEAD_DIM, BLOCK_D)
     # fmt: off
     _, score = scores_of_block(
         q_tile, k_tile, b, h, q[:, None], offs_n[None, :], (q < M)[:, None], inside[None, :],
@@ -188,7 +191,7 @@ def visit_block(
     # fmt: on
     # fmt: off
     return weigh_block(
-        acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, inside, skip, HAS_SKIP,
+        acc, l_i, m_i, t_i, score, v_ptr, stride_vn, first, offs_n, read, skip, HAS_SKIP,
         UNIT, PV, LAZY, HAS_ENTROPY, HAS_VALUES, VALUE_DIM, BLOCK_E,
     )
     # fmt: on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import textwrap
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import sympy
 from adaattn_compiler.kernels.triton.expressions import Tile
 from adaattn_compiler.kernels.triton.ranges import Interval, key_ranges
 from adaattn_compiler.predicates import describe
-from adaattn_compiler.spec import AttentionSpec, EmptyRow
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S
 
 _FOLDER = Path(__file__).parent
 # The functions that expressions call, with the imports of a generated module.
@@ -135,6 +136,32 @@ def _heading(made_for: Configuration, docstring: str) -> str:
     return '"""Attention.\n\n' + "\n".join(lines) + "\n\n" + docstring + '\n"""'
 
 
+_LOG2_E = math.log2(math.e)
+# Of the numbers in a score; no finite one is larger than some 3.4e38.
+_LARGE = 1e30
+
+
+def fold(spec: AttentionSpec) -> float:
+    """What scores are multiplied by where they are compared (softmax.py); 1: nothing.
+
+    Products with a number above 0 keep their order, so that the largest score can be multiplied
+    instead of all. Not where a score may be what masks are filled with, close to the largest float:
+    where it reads a tensor, or has such a number in it.
+    """
+    score = spec.score
+    if score == S:
+        return spec.scale * _LOG2_E if spec.scale > 0 else 1.0
+    is_large = any(abs(number) > _LARGE for number in score.atoms(sympy.Number))
+    return 1.0 if is_large or score.has(Load) else _LOG2_E
+
+
+def units(spec: AttentionSpec) -> tuple[float, float]:
+    """SCALE and UNIT of the templates."""
+    if spec.score != S:
+        return spec.scale, _LOG2_E if fold(spec) == 1 else 1.0
+    return spec.scale * _LOG2_E / fold(spec), 1.0
+
+
 def _generated(made_for: Configuration) -> str:
     spec, tile = made_for.spec, Tile(made_for.dtypes)
     sink = -sympy.oo if spec.sink is None else spec.sink
@@ -146,7 +173,8 @@ def _generated(made_for: Configuration) -> str:
         _function("some_keys", "b, h, first, last", _printed(ranges.some, tile)),
         _function("every_key", "b, h, first, last", _printed(ranges.every, tile)),
     )
-    return "\n\n\n".join(functions)
+    constant = f"FOLD: tl.constexpr = tl.constexpr({fold(spec)!r})"
+    return "\n\n\n".join((constant, *functions))
 
 
 def _printed(interval: Interval, tile: Tile) -> str:

@@ -8,16 +8,28 @@ import triton
 import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# A way for a block to be cut.
+BY_MASK: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
 def load_at(places, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK] of rows of DIM elements that begin at `places`, 0 beyond them."""
+    """[rows, BLOCK] of rows of DIM elements that begin at `places`, 0 beyond them.
+
+    inside: which rows are there; None: all.
+    """
     dims = tl.arange(0, BLOCK)
     places = places[:, None] + dims[None, :]
-    if BLOCK == DIM:
-        return tl.load(places, mask=inside[:, None], other=0.0)
-    return tl.load(places, mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
+    if inside is None:
+        if BLOCK == DIM:
+            tile = tl.load(places)
+        else:
+            tile = tl.load(places, mask=(dims < DIM)[None, :], other=0.0)
+    elif BLOCK == DIM:
+        tile = tl.load(places, mask=inside[:, None], other=0.0)
+    else:
+        tile = tl.load(places, mask=inside[:, None] & (dims < DIM)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -72,12 +84,15 @@ def scores_of_block(
     """S and the score of a block, each [rows, keys]; -inf outside the mask.
 
     q_tile: [rows, BLOCK_D], k_tile: [keys, BLOCK_D]; q and q_inside: [rows, 1], k and k_inside:
-    [1, keys]; h: a number, or [rows, 1]. CUT: the mask, or the end of the keys, goes through it.
+    [1, keys]; h: a number, or [rows, 1]. CUT: the mask, or the end of the keys, goes through it;
+    BY_MASK: all of its keys are there.
     """
     S = product(q_tile, tl.trans(k_tile), None, PRECISION) * SCALE
     score = score_of(S, b, h, q, k, q_inside, k_inside, M, N, OPERANDS)
     if CUT:
-        keep = k_inside & mask_of(b, h, q, k, q_inside, k_inside, M, N, OPERANDS)
+        keep = mask_of(b, h, q, k, q_inside, k_inside, M, N, OPERANDS)
+        if CUT != BY_MASK:
+            keep = k_inside & keep
         score = tl.where(keep, score, float("-inf"))
     return S, score
 

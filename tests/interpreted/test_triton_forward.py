@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import sympy
@@ -16,9 +17,9 @@ from adaattn_compiler.kernels.problem import Problem, Shape
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.kernels.triton.launch import Tiles, forward
 from adaattn_compiler.kernels.triton.launch_decode import decode
-from adaattn_compiler.kernels.triton.source import Configuration
+from adaattn_compiler.kernels.triton.source import Configuration, fold
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, k, param, q
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, S, Where, k, param, q
 
 SMALL = Tiles(64, 32)
 
@@ -64,6 +65,49 @@ def test_any_dimensions_and_lengths_are_right(
     problem = dataclasses.replace(problem, shape=shape, spec=spec)
     exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
     assert_as_accurate(through(problem), eager, exact)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "causal", "window", "softcap", "dense bias", "last rows"]
+)
+def test_lengths_that_blocks_divide(name: str) -> None:
+    if name == "dense bias":
+        problem = problem_of(name)
+        shape = dataclasses.replace(problem.shape, columns=64, hints=(2, 90, 64))
+        sizes = ((*problem.operand_shapes[0][:-1], 64),)
+        problem = dataclasses.replace(problem, shape=shape, operand_shapes=sizes)
+    else:
+        problem = problem_of(name, rows=70, columns=128)
+    exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
+    assert_as_accurate(through(problem), eager, exact)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 4.0])
+@pytest.mark.parametrize("score", [S, 5 * sympy.tanh(S / 5)], ids=["plain", "softcap"])
+def test_scores_may_be_turned_around_or_large(scale: float, score: sympy.Expr) -> None:
+    spec = AttentionSpec(scale, score, sympy.Ge(q - k, 0))
+    problem = dataclasses.replace(problem_of("plain"), spec=spec)
+    exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
+    assert_as_accurate(through(problem), eager, exact)
+
+
+def test_rows_filled_with_the_least_float_keep_their_weights() -> None:
+    least = torch.finfo(torch.float32).min
+    spec = AttentionSpec(0.3, Where(sympy.Ge(q, 10), S, sympy.Float(least)))
+    assert fold(spec) == 1
+    problem = dataclasses.replace(problem_of("plain"), spec=spec)
+    exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
+    assert_as_accurate(through(problem), eager, exact)
+    assert torch.isfinite(through(problem)).all()
+
+
+def test_scores_are_folded_where_none_can_be_near_the_largest_float() -> None:
+    assert fold(SPECS["causal"][0]) == pytest.approx(0.3 / math.log(2))
+    assert fold(SPECS["softcap"][0]) == pytest.approx(1 / math.log(2))
+    for name in ("dense bias", "alibi", "distance"):  # what is read may be as large as floats are
+        assert fold(SPECS[name][0]) == 1
+    for scale in (0.0, -0.3):  # the largest score is not that of the largest product
+        assert fold(AttentionSpec(scale)) == 1
 
 
 @pytest.mark.parametrize("empty", [(0, 90), (90, 0)])
