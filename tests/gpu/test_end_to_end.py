@@ -114,6 +114,27 @@ def test_gradients_are_as_accurate_as_eager(function: Attention, dtype: torch.dt
         assert_lowered(function, qkv)
 
 
+class WithMaskInBuffer(torch.nn.Module):
+    """As nanoGPT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 1, LENGTH, LENGTH).tril())
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(DIM)
+        length = q.shape[2]
+        scores = scores.masked_fill(self.mask[:, :, :length, :length] == 0, float("-inf"))
+        return scores.softmax(-1) @ v
+
+
+def test_a_mask_in_a_buffer_is_read() -> None:
+    model, qkv = WithMaskInBuffer().cuda(), random_qkv(torch.bfloat16)
+    with torch.no_grad():
+        assert_accurate(torch.compile(model, backend="adaattn")(*qkv), model, qkv)
+        assert_lowered(model, qkv)
+
+
 @pytest.mark.parametrize("kernel", ["triton", "sdpa", "cudnn", "flash", "efficient"])
 def test_each_kernel_is_right_alone(kernel: str) -> None:
     """Where one cannot be had, Inductor has the site, and that is right, too."""
