@@ -364,6 +364,16 @@ def test_other_masks_are_no_windows(mask: Any, rows: int | None) -> None:
     assert window_of(mask, shape) is None
 
 
+@pytest.mark.parametrize("rows", [1024, 4096, 32768])
+def test_flash_attention_and_ours_compete_for_a_window(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_present", lambda device: True)
+    shape = Shape(1, 8, 8, rows, rows, 64, 64, hints=(1, rows, rows))
+    near = module._candidates(on_a_gpu(shape=shape), Options()).kernels
+    assert {"flash", "triton"} <= {kernel.label for kernel in near}
+
+
 @pytest.mark.parametrize("rows", [1, 32])
 def test_small_problem_on_a_gpu_takes_no_kernel_that_has_to_be_run_first(
     rows: int, monkeypatch: pytest.MonkeyPatch
