@@ -145,7 +145,7 @@ def test_a_mask_in_a_buffer_is_read() -> None:
         assert_lowered(model, qkv)
 
 
-@pytest.mark.parametrize("kernel", ["triton", "sdpa", "cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("kernel", ["triton", "sdpa", "cudnn", "flash", "efficient", "flex"])
 def test_each_kernel_is_right_alone(kernel: str) -> None:
     """Where one cannot be had, Inductor has the site, and that is right, too."""
     qkv = random_qkv(torch.bfloat16)
