@@ -16,7 +16,7 @@ from on_gpu import on_device, poisoned
 from specs import random_inputs
 
 import adaattn_compiler
-from adaattn_compiler.decision import EXACT, HeadDecision, Selection
+from adaattn_compiler.decision import EXACT, HeadDecision, Pattern, Pooling, Selection
 from adaattn_compiler.kernels.decided import DecidedPlan
 from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.kernels.triton.decided import attention_as_decided
@@ -25,6 +25,7 @@ from adaattn_compiler.runtime.state import new_state
 pytestmark = pytest.mark.gpu
 
 CHOSEN = HeadDecision(selection=Selection(0.4, window=0, sinks=0))
+MEANS = HeadDecision(pooling=Pooling(Pattern(0), 16))
 SKIPPING = HeadDecision(skip=60.0)  # so much that nothing is left out that counts
 
 
@@ -59,9 +60,10 @@ def test_each_head_is_computed_as_decided(name: str) -> None:
     assert_right(problem, heads, through(problem, gpu_plan(problem, heads, PARTS, rows=4)))
 
 
-def test_a_call_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("last", [CHOSEN, SKIPPING, MEANS], ids=str)
+def test_a_call_does_not_wait_for_the_device(last: HeadDecision) -> None:
     problem = problem_named("gqa")
-    plan = gpu_plan(problem, (EXACT, NEAR, HALF, CHOSEN), PARTS, rows=4)
+    plan = gpu_plan(problem, (EXACT, NEAR, HALF, last), PARTS, rows=4)
     text, state = plan.serialize(), new_state(4).cuda()
     qkv, operands, flags = given(problem)
 
