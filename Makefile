@@ -112,8 +112,8 @@ bench: $(STAMP)
 # With the torch that PYTHON has, nothing being installed and no network: a copy of the sources, laid
 # out as the package is, in whose folder both run. Its metadata is for the backend's name.
 GPU := build/gpu
-GPU_TEST_SECONDS ?= 140
-GPU_TEST_PROCESSES ?= 12
+GPU_TEST_SECONDS ?= 160
+GPU_TEST_PROCESSES ?= 14
 # Of all; what the tests leave is for the benchmark, which may end 15 s after its time.
 GPU_SECONDS ?= 450
 GPU_ARGS ?=
