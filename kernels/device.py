@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -11,8 +10,6 @@ from importlib import metadata
 import torch
 
 from adaattn_compiler.target import DeviceTarget, target_named, target_of
-
-log = logging.getLogger("adaattn_compiler")
 
 # What code is generated for where no GPU is there.
 _ASSUMED = "sm_90"
