@@ -225,6 +225,7 @@ def _key(near: list[Kernel], problem: Problem) -> str:
         *(shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim),
     )
     names = sorted(kernel.label for kernel in near)
-    how = (str(problem.dtype), problem.device, problem.requires_grad)
+    dtypes = tuple(map(str, problem.dtypes_of_operands()))
+    how = (str(problem.dtype), problem.device, problem.requires_grad, dtypes)
     text = repr((problem.spec.key(), sizes, how, names))
     return hashlib.sha256(text.encode()).hexdigest()[:24]

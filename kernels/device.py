@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -11,8 +10,6 @@ from importlib import metadata
 import torch
 
 from adaattn_compiler.target import DeviceTarget, target_named, target_of
-
-log = logging.getLogger("adaattn_compiler")
 
 # What code is generated for where no GPU is there.
 _ASSUMED = "sm_90"
@@ -52,37 +49,44 @@ def _version(package: str) -> str:
         return ""
 
 
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    """How long a call takes; on a GPU what it does there, from start to end."""
+# What the host may take to start a call; the device is kept busy twice as long as was seen, within
+# these.
+_LEAST_WAIT, _MOST_WAIT = 3e-5, 5e-3
+_CYCLES_A_SECOND = 2.0e9
+
+
+def timer_of(call: Callable[[], object], device: str) -> Callable[[], float]:
+    """A function that runs a call and gives its seconds; on a GPU those that it takes there.
+
+    There the device waits first for as long as the host takes to start the call, which in compiled
+    code is less than where a kernel competes. (Replaying a CUDA graph would need no wait. But a
+    capture that fails, as it does where a kernel waits for the device, leaves torch's stream of
+    captures the current one and its random numbers unusable, for the whole process.)
+    """
     if device != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        return functools.partial(_seconds_on_host, call)
+    torch.cuda.synchronize()
+    wait = 2 * _seconds_on_host(call)
+    torch.cuda.synchronize()
+    return functools.partial(_seconds_on_gpu, call, min(max(wait, _LEAST_WAIT), _MOST_WAIT))
+
+
+def _seconds_on_host(call: Callable[[], object]) -> float:
+    """Until the call returns."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _seconds_on_gpu(call: Callable[[], object], wait: float) -> float:
+    """From when the device begins with a call to its end."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # Private, old and stable; without it the host's part counts.
+    sleep = getattr(torch.cuda, "_sleep", None)
+    if sleep is not None:
+        sleep(int(wait * _CYCLES_A_SECOND))
     begin.record()
     call()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
-
-
-def replayed(call: Callable[[], object]) -> Callable[[], object]:
-    """A call as a CUDA graph, so that what the host does in it is not counted.
-
-    In compiled code launches cost less than where a kernel competes. As it is where it cannot be
-    captured.
-    """
-    try:
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError as error:
-        log.debug("timed without a CUDA graph: %s", error)
-        torch.cuda.synchronize()
-        return call
-    return graph.replay

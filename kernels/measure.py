@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adaattn_compiler.kernels.device import replayed, seconds_of
+from adaattn_compiler.kernels.device import timer_of
 from adaattn_compiler.kernels.problem import Kernel, Problem, Sizes
 from adaattn_compiler.said import warn_once
 
@@ -46,7 +46,12 @@ def measured(kernels: Sequence[Kernel], problem: Problem) -> Measured:
 
     The least of the rounds: what else the machine does makes a call slower, never faster.
     """
-    calls = {kernel.label: _call(kernel, problem) for kernel in kernels}
+    try:
+        given = _random_inputs(problem)
+    except torch.OutOfMemoryError as error:
+        warn_once(f"kernels are not measured: {first_line(error)}")
+        return Measured({}, False)
+    calls = {kernel.label: _call(kernel, problem, given) for kernel in kernels}
     able = {name: call for name, call in calls.items() if call is not None}
     with torch.set_grad_enabled(problem.requires_grad):
         first = {name: _first_call(name, call) for name, call in able.items()}
@@ -62,7 +67,7 @@ def _rounds(
 ) -> dict[str, list[float]]:
     """Seconds of each round, given those of the first calls, which count where they are long."""
     if device == "cuda":  # there a first call compiles
-        return _in_turns({name: replayed(calls[name]) for name in first}, device=device)
+        return _in_turns({name: calls[name] for name in first}, device=device)
     least = min(first.values(), default=0.0)
     if least <= _LONG:
         return _in_turns({name: calls[name] for name in first})
@@ -82,6 +87,8 @@ def _first_call(name: str, call: Callable[[], object]) -> float | None:
     begin = time.perf_counter()
     try:
         call()
+        if torch.cuda.is_initialized():  # so that an error shows here, and not at another's call
+            torch.cuda.synchronize()
     except Exception as error:
         warn_once(f"kernel {name} fails on random data: {first_line(error)}")
         log.debug("where it failed", exc_info=True)
@@ -93,11 +100,12 @@ def _in_turns(
     calls: dict[str, Callable[[], object]], most: int = _MOST_ROUNDS, device: str = "cpu"
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
+    timers = {name: timer_of(call, device) for name, call in calls.items()}
     begin = time.perf_counter()
     for turn in range(most):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for name in order:
-            times[name].append(seconds_of(calls[name], device))
+            times[name].append(timers[name]())
         spent = time.perf_counter() - begin
         if turn + 1 >= _LEAST_ROUNDS and spent > _MOST_SECONDS:
             break
@@ -106,33 +114,25 @@ def _in_turns(
     return times
 
 
-def _call(kernel: Kernel, problem: Problem) -> Callable[[], object] | None:
+Tensors = Sequence[torch.Tensor]
+
+
+def _call(
+    kernel: Kernel, problem: Problem, given: tuple[Tensors, Tensors]
+) -> Callable[[], object] | None:
+    """given: q, k and v; operands."""
     try:
         attention = kernel.build(problem)
     except Exception as error:
         warn_once(f"kernel {kernel.label} could not be built: {first_line(error)}")
         log.debug("where it failed", exc_info=True)
         return None
+    (q, k, v), operands = given
     shape = problem.shape
     batch, rows, columns = shape.hints
-    generator = torch.Generator().manual_seed(0)
-
-    def random(heads: int, length: int, dim: int) -> torch.Tensor:
-        data = torch.randn(batch, length, heads, dim, generator=generator)
-        return data.transpose(1, 2).to(problem.device, problem.dtype)
-
-    q = random(shape.heads, rows, shape.head_dim)
-    k = random(shape.kv_heads, columns, shape.head_dim)
-    v = random(shape.kv_heads, columns, shape.value_dim)
-    operands = [
-        _operand(kind.kind, sizes, generator).to(problem.device)
-        for kind, sizes in zip(problem.spec.operands, problem.operand_shapes, strict=True)
-    ]
     sizes = Sizes(batch, shape.heads, rows, columns, problem.param_hints)
     if not problem.requires_grad:
         return lambda: attention(q, k, v, operands, sizes)
-    for tensor in (q, k, v):
-        tensor.requires_grad_()
 
     def both_ways() -> object:
         out = attention(q, k, v, operands, sizes)
@@ -141,8 +141,27 @@ def _call(kernel: Kernel, problem: Problem) -> Callable[[], object] | None:
     return both_ways
 
 
-def _operand(kind: str, sizes: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    if kind == "float":
-        return torch.randn(sizes, generator=generator)
-    ones = torch.ones(sizes, dtype=torch.bool if kind == "bool" else torch.int64)
-    return ones
+def _random_inputs(problem: Problem) -> tuple[Tensors, Tensors]:
+    """(q, k and v; operands), for all kernels the same ones, made where they are used: some hundred
+    millions of numbers take the host seconds."""
+    shape = problem.shape
+    batch, rows, columns = shape.hints
+    generator = torch.Generator(problem.device).manual_seed(0)
+
+    def random(heads: int, length: int, dim: int) -> torch.Tensor:
+        size = (batch, length, heads, dim)
+        data = torch.randn(size, generator=generator, device=problem.device)
+        return data.to(problem.dtype).transpose(1, 2).requires_grad_(problem.requires_grad)
+
+    qkv = (
+        random(shape.heads, rows, shape.head_dim),
+        random(shape.kv_heads, columns, shape.head_dim),
+        random(shape.kv_heads, columns, shape.value_dim),
+    )
+    operands = [
+        torch.randn(sizes, generator=generator, device=problem.device).to(dtype)
+        if dtype.is_floating_point
+        else torch.ones(sizes, dtype=dtype, device=problem.device)
+        for dtype, sizes in zip(problem.dtypes_of_operands(), problem.operand_shapes, strict=True)
+    ]
+    return qkv, operands

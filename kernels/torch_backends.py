@@ -15,6 +15,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import And
 
+from adaattn_compiler.kernels.blocks import block_structure, density
 from adaattn_compiler.kernels.problem import Attention, Problem, Shape, Sizes
 from adaattn_compiler.kernels.sdpa import CAUSAL
 from adaattn_compiler.kernels.through_op import FILLED_ROWS, fills_rows
@@ -25,6 +26,9 @@ aten = torch.ops.aten
 
 _HALVES = (torch.bfloat16, torch.float16)
 _WIDEST_HEAD = 256
+# Rows and keys of a block, and the time of a window beside that of all pairs in it: so little that
+# it takes part beside the generated kernel, so much that this does beside it.
+_BLOCK, _TIME_OF_WINDOW = (128, 128), 1.6
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,12 @@ class BackendKernel:
 
     def cost(self, problem: Problem) -> float:
         """Beside SDPA's own."""
-        return problem.work(0.6 if problem.spec.mask == CAUSAL else 1.0)
+        mask = problem.spec.mask
+        if mask in (sympy.true, CAUSAL):
+            return problem.work(0.6 if mask == CAUSAL else 1.0)
+        _, rows, columns = problem.shape.hints
+        attended = density(block_structure(mask, rows, columns, *_BLOCK, problem.param_hints))
+        return problem.work(min(attended * _TIME_OF_WINDOW, 1.0))
 
     def prepare(self, problem: Problem) -> None:
         pass

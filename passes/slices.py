@@ -57,7 +57,7 @@ class Slice:
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any], resizing: Resizing) -> Any:
         if node in self.constants:
-            constant = resizing.cut(self.constants[node])
+            constant = resizing.cut(self.constants[node]).cpu()  # where all is run
             return constant.double() if constant.is_floating_point() else constant
         args: Any
         kwargs: Any

@@ -43,6 +43,9 @@ def measure(length: int, settings: Settings) -> dict[str, Any]:
         inputs = Inputs.of(made, settings.device)
         for subject in subjects(made, settings.dry):
             name = f"{made.name.rsplit('_', 1)[0]}: {subject.name}"
+            mine = subject.compiles and settings.takes(f"{made.name} {subject.name}")
+            if settings.warm and not mine:
+                continue
             if settings.late:
                 found["subjects"][name] = {"skipped": "out of time"}
                 continue

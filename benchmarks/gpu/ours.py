@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def our_forward(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
             _allow_scratch(device)
 
         def attention(q: Any, k: Any, v: Any, *operands: Any) -> Any:
-            return forward(made_for, q, k, v, operands, tiles=tiles, **how)
+            with _unseen():
+                return forward(made_for, q, k, v, operands, tiles=tiles, **how)
 
         return attention
 
@@ -49,7 +51,8 @@ def our_decode(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
         splits = splits_for(shape.batch, shape.kv_heads, shape.columns, width)
 
         def attention(q: Any, k: Any, v: Any, *operands: Any) -> Any:
-            return decode(made_for, q, k, v, operands, splits=splits, tiles=tiles)
+            with _unseen():
+                return decode(made_for, q, k, v, operands, splits=splits, tiles=tiles)
 
         return attention
 
@@ -70,13 +73,15 @@ def our_backward(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
             @staticmethod
             def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
                 statistics = q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
-                out = forward(made_for, q, k, v, (), tiles=tiles, statistics=statistics)
+                with _unseen():
+                    out = forward(made_for, q, k, v, (), tiles=tiles, statistics=statistics)
                 ctx.save_for_backward(q, k, v, out, statistics)
                 return out
 
             @staticmethod
             def backward(ctx: Any, grad: Any) -> Any:
-                return tuple(backward(made_for, grad, *ctx.saved_tensors, (), tiles=theirs))
+                with _unseen():  # in a thread of its own, where that is not known yet
+                    return tuple(backward(made_for, grad, *ctx.saved_tensors, (), tiles=theirs))
 
         both: Any = Attention.apply
         return lambda q, k, v: both(q, k, v)
@@ -91,6 +96,16 @@ def _configured(case: Case, tiling: Tiling) -> tuple[Any, Any]:
 
     made_for = Configuration(case.form.spec, ("float32",) * case.form.operands)
     return made_for, Tiles(tiling.rows, tiling.keys, tiling.warps, tiling.stages)
+
+
+def _unseen() -> AbstractContextManager[None]:
+    """Launches as they are. Where torch's tracing may see them each takes the host a millisecond,
+    more than the device may be kept waiting for. Private torch, which has it from 2.6 on."""
+    try:
+        from torch._library.triton import set_wrap_triton_enabled
+    except ImportError:
+        return nullcontext()
+    return set_wrap_triton_enabled(False)
 
 
 def _allow_scratch(device: torch.device) -> None:

@@ -48,6 +48,8 @@ def _prepared(mode: str, settings: Settings, found: dict[str, Any]) -> dict[str,
     qkv = [torch.randn(size, device=settings.device, dtype=dtype).transpose(1, 2) for _ in range(3)]
     calls: dict[str, Call] = {}
     for name, make in _subjects(mode, settings):
+        if settings.warm and not settings.takes(f"{mode} {name}"):
+            continue
         try:
             call = make(qkv)
             for _ in range(3):  # a CUDA graph is recorded in the second call

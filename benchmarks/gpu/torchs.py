@@ -99,8 +99,8 @@ def flash_window(case: Case, inputs: Inputs) -> Attention:
 
 
 def flex(compiled: bool) -> Callable[[Case, Inputs], Attention]:
-    """flex_attention with a block mask that is made once; what sinks do to its result is done by
-    its log-sum-exp."""
+    """flex_attention with a block mask that is made once, by all pairs (at 64k four gigabytes):
+    compiling that would take longer. What sinks do to its result is done by its log-sum-exp."""
 
     def make(case: Case, inputs: Inputs) -> Attention:
         from torch.nn.attention.flex_attention import create_block_mask
@@ -110,7 +110,6 @@ def flex(compiled: bool) -> Callable[[Case, Inputs], Attention]:
             form.flex_mask,
             *(None, None, shape.rows, shape.columns),
             device=str(inputs.qkv[0].device),
-            _compile=compiled,
         )
         score = None if form.flex_score is None else form.flex_score(*inputs.operands)
         fixed = {"score_mod": score, "block_mask": mask, "enable_gqa": form.spec.group > 1}

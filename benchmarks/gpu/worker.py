@@ -62,15 +62,16 @@ def _free() -> None:
 
 
 def _warm(given: argparse.Namespace, seconds: float) -> None:
-    """Compile every OF-th case, from the I-th: caches on disk keep it."""
-    part, of = given.warm
+    """Compile the I-th of OF parts of what cases compile: caches on disk keep it."""
+    torch.set_num_threads(1)  # as many processes as there are cores
     device = "cpu" if given.dry_run else "cuda"
     stopwatch = HostStopwatch() if given.dry_run else CudaStopwatch()
     deadline = time.monotonic() + seconds
-    settings = Settings(stopwatch, deadline, device, warm=True, dry=given.dry_run)
-    every = [(section, name) for section in chosen(given.only) for name in section.cases]
-    for section, name in every[part::of]:
-        run_cases(section, [name], settings, given.file)
+    part = (given.warm[0], given.warm[1])
+    settings = Settings(stopwatch, deadline, device, warm=True, dry=given.dry_run, part=part)
+    for section in chosen(given.only):
+        if run_cases(section, list(section.cases), settings, given.file) == LOST:
+            return
 
 
 def _serve(given: argparse.Namespace) -> int:

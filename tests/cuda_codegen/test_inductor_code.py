@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from cuda_capture import cuda
-from inductor_without_gpu import inductor_code
+from inductor_without_gpu import compiled_launches, inductor_code
 
 from adaattn_compiler.options import Options
 
@@ -55,3 +59,45 @@ def test_what_stands_around_is_fused_as_ever() -> None:
     body = calls(inductor_code(layer, qkv, OURS))
     assert [name for name in re.findall(r"(\w+)\.run\(", body) if "fused_qk" in name]
     assert len(re.findall(r"\.run\(", body)) == 3  # before it, itself, after it
+
+
+def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = 20 * torch.tanh(q @ k.mT * (0.125 / 20))
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def with_sinks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
+) -> torch.Tensor:
+    scores = q @ k.mT * 0.125
+    column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def few_rows() -> tuple[torch.Tensor, ...]:
+    return (cuda(2, 4, 1, 64), *(cuda(2, 4, 4096, 64) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("function", "make", "kernels"),
+    [
+        (causal, qkv, ["fused_qk_softmax_av"]),
+        (capped, qkv, ["fused_qk_softmax_av"]),
+        (with_sinks, lambda: (*qkv(), cuda(4)), ["fused_qk_softmax_av"]),
+        (plain, few_rows, ["fused_decode", "combine_splits"]),
+    ],
+)
+def test_text_that_inductor_copies_is_a_kernel(
+    function: Callable[..., Any], make: Callable[[], Any], kernels: list[str], tmp_path: Path
+) -> None:
+    """All that it calls is there, and its arguments are as the text says."""
+    found = compiled_launches(inductor_code(function, make, OURS), tmp_path)
+    assert list(found) == kernels
+    for kernel in found.values():
+        assert kernel.shared_memory <= 227 * 1024
+        assert kernel.spills == 0

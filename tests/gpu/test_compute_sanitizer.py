@@ -37,7 +37,9 @@ def tool() -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_stays_within_its_tensors(case: str, tool: str) -> None:
-    command = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
+    # Calls that torch makes to see whether they fail are no errors.
+    command = [tool, "--tool", "memcheck", "--report-api-errors", "no"]
+    command += ["--error-exitcode", str(FOUND)]
     command += [sys.executable, str(SCRIPT), case]
     environment = {
         **os.environ,

@@ -37,6 +37,13 @@ def sliding_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < 50))
 
 
+def first_keys_and_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Blocks that no closed form has: they are listed in a table."""
+    back, first = _back(q), torch.arange(q.shape[2], device=q.device) < 4
+    keep = (back >= 0) & ((back < 50) | first)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
 def softcap(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     scores = 20.0 * torch.tanh(q @ k.transpose(-1, -2) / math.sqrt(DIM) / 20.0)
     return scores.masked_fill(_back(q) < 0, float("-inf")).softmax(-1) @ v
@@ -60,7 +67,10 @@ def _back(q: torch.Tensor) -> torch.Tensor:
     return place[:, None] - place[None, :]
 
 
-SPELLINGS = (sdpa_causal, by_hand, causal_by_hand, sliding_window, softcap, alibi, grouped)
+SPELLINGS = (
+    *(sdpa_causal, by_hand, causal_by_hand, sliding_window, first_keys_and_window),
+    *(softcap, alibi, grouped),
+)
 # What is lowered in training whichever kernels have a backward: torch's own take it.
 LOWERED_IN_TRAINING = (sdpa_causal, by_hand, causal_by_hand, sliding_window, grouped)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -114,7 +124,28 @@ def test_gradients_are_as_accurate_as_eager(function: Attention, dtype: torch.dt
         assert_lowered(function, qkv)
 
 
-@pytest.mark.parametrize("kernel", ["triton", "sdpa", "cudnn", "flash", "efficient"])
+class WithMaskInBuffer(torch.nn.Module):
+    """As nanoGPT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(1, 1, LENGTH, LENGTH).tril())
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(DIM)
+        length = q.shape[2]
+        scores = scores.masked_fill(self.mask[:, :, :length, :length] == 0, float("-inf"))
+        return scores.softmax(-1) @ v
+
+
+def test_a_mask_in_a_buffer_is_read() -> None:
+    model, qkv = WithMaskInBuffer().cuda(), random_qkv(torch.bfloat16)
+    with torch.no_grad():
+        assert_accurate(torch.compile(model, backend="adaattn")(*qkv), model, qkv)
+        assert_lowered(model, qkv)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "sdpa", "cudnn", "flash", "efficient", "flex"])
 def test_each_kernel_is_right_alone(kernel: str) -> None:
     """Where one cannot be had, Inductor has the site, and that is right, too."""
     qkv = random_qkv(torch.bfloat16)
@@ -132,10 +163,12 @@ def test_dynamic_lengths_are_right(function: Attention) -> None:
             assert_accurate(compiled(*qkv), function, qkv)
 
 
-@pytest.mark.parametrize("function", [sdpa_causal, sliding_window, softcap])
-def test_cuda_graphs_follow_their_inputs(function: Attention) -> None:
+@pytest.mark.parametrize("kernels", ["triton", "sdpa,cudnn,flash,efficient,flex,triton"])
+@pytest.mark.parametrize("function", [sdpa_causal, sliding_window, first_keys_and_window, softcap])
+def test_cuda_graphs_follow_their_inputs(function: Attention, kernels: str) -> None:
     """Recorded with one set of inputs, replayed with others."""
-    compiled = torch.compile(function, backend="adaattn", mode="reduce-overhead")
+    options = {"kernels": kernels, "triton.cudagraphs": True}
+    compiled = torch.compile(function, backend="adaattn", options=options)
     with torch.no_grad():
         for _ in range(5):
             qkv = random_qkv(torch.bfloat16)

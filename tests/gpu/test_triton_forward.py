@@ -110,7 +110,8 @@ def test_strided_inputs_are_read_where_they_lie() -> None:
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_comes_through(where: str) -> None:
     given = Given.of(sized("causal", 200, 200, (64, 64)))
-    given.qkv["qkv".index(where)][0, 1, 120] = float("nan")
+    # In the first block of keys, which all rows meet: eager has NaN of a masked value, too.
+    given.qkv["qkv".index(where)][0, 1, 20] = float("nan")
     eager = given.by_oracle(torch.float32).isnan().any(-1)
     assert eager.any()
     assert torch.equal(given.through().isnan().any(-1), eager)

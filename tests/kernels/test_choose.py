@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import sympy
 import torch
 
 from adaattn_compiler.kernels import choose as module
-from adaattn_compiler.kernels import measure, table
+from adaattn_compiler.kernels import device, measure, table
 from adaattn_compiler.kernels.choose import choose
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.kernels.measure import Measured
@@ -119,6 +121,80 @@ def test_kernel_that_fails_on_random_data_is_left_out(monkeypatch: pytest.Monkey
         measure, "_first_call", lambda name, call: None if name == "sdpa" else first(name, call)
     )
     assert set(measure.measured(module.kernels()[:2], problem(64)).times) == {"strips"}
+
+
+def test_kernels_are_given_the_same_tensors_of_the_types_that_were_seen() -> None:
+    given: list[list[torch.Tensor]] = []
+
+    class Noting(Stub):
+        def build(self, problem: Problem) -> Any:
+            def attention(q: Any, k: Any, v: Any, operands: Any, sizes: Any) -> Any:
+                given.append([q, k, v, *operands])
+                return q
+
+            return attention
+
+    sizes = (1, 8, 64, 64)
+    slopes, keep = OperandSpec("float", 1), OperandSpec("int", 2)
+    biased = dataclasses.replace(
+        problem(64),
+        dtype=torch.bfloat16,
+        spec=AttentionSpec(
+            0.125, S + Load(0, h), sympy.Ne(Load(1, q, k), 0), operands=(slopes, keep)
+        ),
+        operand_shapes=((8,), (64, 64)),
+        operand_dtypes=(torch.bfloat16, torch.int32),
+    )
+    found = measure.measured((Noting("sdpa", 1.0), Noting("cpp", 1.0)), biased)
+    assert set(found.times) == {"sdpa", "cpp"}
+    assert {tuple(map(id, tensors)) for tensors in given} == {tuple(map(id, given[0]))}
+    assert [tuple(t.shape) for t in given[0]] == [sizes, sizes, sizes, (8,), (64, 64)]
+    assert [t.dtype for t in given[0]] == [torch.bfloat16] * 4 + [torch.int32]
+
+
+def test_without_room_for_random_data_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "randn", full)
+    assert measure.measured(module.kernels()[:2], problem(64)) == Measured({}, False)
+
+
+class FakeCuda:
+    """A device whose clock moves by what is enqueued, while the host goes on."""
+
+    def __init__(self) -> None:
+        self.now, self.sleeps = 0.0, list[float]()
+
+    def Event(self, enable_timing: bool) -> Any:  # noqa: N802
+        event = SimpleNamespace(at=None, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda later: 1e3 * (later.at - event.at)
+        return event
+
+    def _sleep(self, cycles: int) -> None:
+        self.sleeps.append(cycles / 2e9)
+        self.now += cycles / 2e9
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_on_a_gpu_what_the_host_takes_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(device, "torch", SimpleNamespace(cuda=cuda))
+
+    def call() -> None:
+        time.sleep(1e-3)
+        cuda.now += 2e-5
+
+    timer = device.timer_of(call, "cuda")
+    assert timer() == pytest.approx(2e-5)
+    (waited,) = cuda.sleeps
+    assert 2e-3 <= waited <= 5e-3
+    assert device.timer_of(call, "cpu")() >= 1e-3
 
 
 @pytest.mark.parametrize("text", ['{"sdpa": NaN}', '{"sdpa": -1, "strips": 1}', '{"sdpa": 1e999}'])
@@ -286,6 +362,16 @@ def test_other_masks_are_no_windows(mask: Any, rows: int | None) -> None:
         assert window_of(mask, shape) == Window(None, 0)
         mask = sympy.Ge(q - k, 0)
     assert window_of(mask, shape) is None
+
+
+@pytest.mark.parametrize("rows", [1024, 4096, 32768])
+def test_flash_attention_and_ours_compete_for_a_window(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_present", lambda device: True)
+    shape = Shape(1, 8, 8, rows, rows, 64, 64, hints=(1, rows, rows))
+    near = module._candidates(on_a_gpu(shape=shape), Options()).kernels
+    assert {"flash", "triton"} <= {kernel.label for kernel in near}
 
 
 @pytest.mark.parametrize("rows", [1, 32])

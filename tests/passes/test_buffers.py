@@ -9,11 +9,13 @@ import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 from adaattn_compiler import explain
 from adaattn_compiler.kernels.evaluate import evaluate_dense, positions
 from adaattn_compiler.passes.buffers import as_expression
+from adaattn_compiler.passes.resizing import Resizing
+from adaattn_compiler.passes.slices import Slice
 from adaattn_compiler.predicates import describe
 from adaattn_compiler.spec import k, q
 
@@ -293,3 +295,21 @@ def test_buffer_as_long_as_the_sequence_is_validated_at_short_lengths(held_rows:
     # More scores than are ever computed for a validation.
     explanation = explain(Causal(), *(torch.randn(1, 8, rows, 4) for _ in range(3)))
     assert [(site.lowered, site.mask) for site in explanation.sites] == [(True, "causal")]
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for a tensor on a GPU: what is made of it stays there, but for `cpu`."""
+
+    def cpu(self, *_: Any) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16])
+def test_a_buffer_on_a_gpu_meets_random_inputs_on_the_cpu(dtype: torch.dtype) -> None:
+    node = fx.Graph().placeholder("mask")
+    buffer = triangle(4, 4).to(dtype).as_subclass(Elsewhere)
+    assert type(buffer[:2] + 1) is Elsewhere
+    sizes = dict.fromkeys("BMN", 4)
+    values = Slice((node,), (), {node: buffer}).run({}, Resizing(sizes, sizes, {}))
+    assert type(values[node]) is torch.Tensor
+    assert torch.equal(values[node].bool(), triangle(4, 4))

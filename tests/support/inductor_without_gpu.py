@@ -8,6 +8,8 @@ answer of the device says so by failing.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from adaattn_compiler.kernels.triton.compile import Compiled, built_for
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.pipeline import rewrite
 
@@ -70,6 +73,30 @@ def inductor_code(
         torch.compile(function, backend=backend)(*make())
     (code,) = written
     return code
+
+
+def compiled_launches(code: str, folder: Path) -> dict[str, Compiled]:
+    """Our kernels in a module that Inductor has written, compiled for sm_90 as it would do when it
+    loads them: from the text that it copied, with what it knows of the arguments."""
+    found = {}
+    kernels = re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)''',", code, re.DOTALL)
+    for name, text in kernels:
+        if "user_autotune" in text:
+            tuner = _loaded(folder / f"{name}.py", text, name)
+            given, (config,) = tuner.triton_meta, tuner.configs
+            how = (config.num_warps, config.num_stages)
+            known = (given["signature"], given["constants"], given["configs"][0])
+            found[name] = built_for(90, tuner.fn, *known, how)
+    return found
+
+
+def _loaded(file: Path, text: str, name: str) -> Any:
+    file.write_text(text)
+    spec: Any = importlib.util.spec_from_file_location(f"written_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    with _told():
+        spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 @contextlib.contextmanager
