@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -333,6 +334,30 @@ def test_training_is_exact_and_says_so() -> None:
     (site,) = adaattn_compiler.explain(model, x, options=options).sites
     assert site.decision == "exact"
     assert "a gradient is wanted" in (site.refused or "")
+    for remedy in ("torch.no_grad()", "torch.inference_mode()", "train it without them"):
+        assert remedy in (site.refused or "")
+
+
+def test_dropout_is_refused_with_its_remedy() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+    options = {"mode": "online", "measure": False}
+    qkv = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    (site,) = adaattn_compiler.explain(attention, *qkv, options=options).sites
+    assert "dropout is on here: call model.eval() first" in (site.refused or "")
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_both_remedies_for_a_gradient_are_ones(
+    context: Callable[[], AbstractContextManager[None]],
+) -> None:
+    model = stack(depth=1)
+    fast = compiled(model)
+    for seed in range(CALLS + 1):
+        with context():
+            fast(inputs(seed=seed))
+    assert online(model).decisions is not None
 
 
 def test_explain_says_how_long_it_gathers() -> None:
