@@ -22,6 +22,7 @@ from adaattn_compiler.policy import (
     Range,
     SitePolicy,
 )
+from adaattn_compiler.policy.table import table
 
 _PRESENT: dict[str, Any] = {
     "spec": "0123456789ab",
@@ -291,6 +292,20 @@ site    heads  decision                    mean error  p99 error  budget
         3-5    window 256 + 64 sinks bf16  0.005       0.01       0.01
 b#2     0-5    exact                       -           -          0.01""",
         )
+
+
+def test_heads_that_share_a_line_are_summed_up_by_the_one_nearest_to_its_budget() -> None:
+    # Each within its budget; the largest error beside the smallest budget would read as over it.
+    error = tuple(MeasuredError(e / 2, e) for e in (0.05, 0.002, 0.004, 0.0, 0.0, 0.0))
+    alike = SiteDecision((BF16,) * 6)
+    own = site(decision=alike, error=error, budget=(0.1, 0.003, 0.01, 0.2, 0.2, 0.2))
+    assert table([own])[1].split()[-3:] == ["0.001", "0.002", "0.003"]
+    evenly = dataclasses.replace(own, budget=(0.1, 0.004, 0.008, 0.2, 0.2, 0.2))
+    assert table([evenly])[1].split()[-3:] == ["0.025", "0.05", "0.1"]
+    none_allowed = dataclasses.replace(own, budget=(0.1, 0.003, 0.0, 0.0, 0.2, 0.2))
+    assert table([none_allowed])[1].split()[-3:] == ["0.002", "0.004", "0"]
+    unmeasured = dataclasses.replace(own, error=(None, *error[1:]))
+    assert table([unmeasured])[1].split()[-3:] == ["-", "-", "0.003"]
 
 
 def test_error_is_pickled_with_its_place() -> None:
