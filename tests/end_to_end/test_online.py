@@ -33,7 +33,7 @@ def _twice_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _seconds(share: float) -> Callable[..., list[float]]:
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         for way in ways:
             way()
         return [1.0, *[share] * (len(ways) - 1)]
@@ -134,7 +134,7 @@ def test_what_is_not_faster_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_choice_that_is_slower_with_its_guards_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         return _seconds(0.5 if len(ways) > 2 else 1.1)(ways)  # candidates; the whole choice
 
     monkeypatch.setattr(online_runner, "least_seconds", seconds)
@@ -150,7 +150,7 @@ def test_a_choice_that_is_slower_with_its_guards_is_not_taken(
 def test_a_choice_that_was_not_faster_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     share = 1.1
 
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         return _seconds(0.5 if len(ways) > 2 else share)(ways)
 
     monkeypatch.setattr(online_runner, "least_seconds", seconds)
@@ -172,7 +172,7 @@ def test_a_choice_that_was_not_faster_once_is_tried_again(monkeypatch: pytest.Mo
 def test_trials_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = 0
 
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         nonlocal trials
         trials += len(ways) == 2
         return _seconds(0.5 if len(ways) > 2 else 1.1)(ways)
