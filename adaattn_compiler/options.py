@@ -77,6 +77,12 @@ _COUNTS = {
     "audit_rows": (0, _MOST_ROWS, "a number of rows"),
     "online_calls": (1, _MOST_CALLS, "a number of calls"),
 }
+_NEEDS = {
+    "online_calls": "mode='online'",
+    "online_budget": "mode='online' (calibrate's argument is budget)",
+    "heuristic": "mode='online' (calibrate has an argument of that name)",
+    "audit_rows": "a policy or mode='online'",
+}
 _SWITCHES = ("enabled", "validate", "measure")
 _PREFIX = "ADAATTN_"
 _BENCHMARKS_PREFIX = "ADAATTN_BENCH_"
@@ -87,7 +93,8 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
 
     Raises ValueError naming the key, the value and what is valid.
     """
-    ours: dict[str, Any] = _from_environment()
+    environment = _from_environment()
+    ours = dict(environment)
     inductors: dict[str, Any] = {}
     for key, value in (given or {}).items():
         if not isinstance(key, str):
@@ -108,6 +115,7 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
             )
     options = Options(**ours)
     _check_together(options)
+    _check_effects(options, given or {}, environment)
     return options, inductors
 
 
@@ -116,11 +124,26 @@ def _check_together(options: Options) -> None:
         raise ValueError(
             f"options policy and mode={options.mode!r}: a policy has decided already; leave one out"
         )
-    if options.heuristic is not None and options.mode is None:
-        raise ValueError(
-            f"option heuristic={options.heuristic!r}: it does nothing without mode='online' "
-            "(calibrate has an argument of that name)"
-        )
+
+
+def _check_effects(
+    options: Options, given: Mapping[str, Any], environment: Mapping[str, Any]
+) -> None:
+    """ValueError for an option that has no effect beside the others. In the environment, which is
+    for other compilations, too, it is warned of."""
+    for name in _idle(options):
+        what = f"it does nothing without {_NEEDS[name]}: set that, too, or leave this out"
+        if given.get(name) is not None:
+            raise ValueError(f"option {name}={given[name]!r}: {what}")
+        if environment.get(name) is not None:
+            warn_once(f"{_PREFIX}{name.upper()} in the environment: {what}")
+
+
+def _idle(options: Options) -> tuple[str, ...]:
+    """The options that say nothing beside what `mode` and `policy` are."""
+    if options.mode is not None:
+        return ()
+    return tuple(name for name in _NEEDS if options.policy is None or name != "audit_rows")
 
 
 def _inductors_names() -> list[str]:

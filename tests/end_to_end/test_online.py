@@ -21,6 +21,7 @@ from adaattn_compiler.options import parse_options
 from adaattn_compiler.policy import Policy
 from adaattn_compiler.runtime.state import new_state
 from adaattn_compiler.runtime.states import STATES
+from adaattn_compiler.said import warn_once
 
 CALLS = 3
 PROVIDED = Policy((), PROVENANCE)
@@ -55,7 +56,7 @@ def run(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def exact(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     torch.compiler.reset()
-    out = run(compiled(model, mode=None, online_calls=None, online_budget=None), x)
+    out = run(compiled(model, mode=None, online_calls=None), x)
     torch.compiler.reset()
     return out
 
@@ -441,12 +442,33 @@ def test_every_candidate_is_tried_often_enough(calls: int) -> None:
         ({"online_calls": 2.5}, r"option online_calls=2\.5: .*a number of calls"),
         ({"mode": "online", "heuristic": "sead"}, "option heuristic='sead': it must be 'seed'"),
         ({"heuristic": "seed"}, "heuristic='seed': it does nothing without mode='online'"),
+        ({"online_calls": 4}, "option online_calls=4: it does nothing without mode='online'"),
+        ({"online_budget": 0.1}, r"online_budget=0\.1: it does nothing .*or leave this out"),
+        ({"online_budget": 0.1, "policy": PROVIDED}, "without mode='online'"),
+        ({"audit_rows": 0}, "audit_rows=0: it does nothing without a policy or mode='online'"),
         ({"mode": "online", "policy": PROVIDED}, "policy and mode='online': .*leave one out"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_options(options)
+
+
+def test_options_that_have_an_effect_are_taken() -> None:
+    assert parse_options({"mode": "online", "online_budget": 0.1})[0].online_budget == 0.1
+    assert parse_options({"policy": PROVIDED, "audit_rows": 4})[0].audit_rows == 4
+
+
+def test_what_does_nothing_in_the_environment_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    monkeypatch.setenv("ADAATTN_ONLINE_BUDGET", "0.03")
+    for _ in range(2):  # the variable may be for another compilation than this
+        assert parse_options({"policy": PROVIDED})[0].mode is None
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "ADAATTN_ONLINE_BUDGET in the environment: it does nothing without mode=" in message
+    assert parse_options({"mode": "online"})[0].online_budget == 0.03
 
 
 def test_options_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
