@@ -93,7 +93,7 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
 
     Raises ValueError naming the key, the value and what is valid.
     """
-    environment = _from_environment()
+    environment = _from_environment(given)
     ours = dict(environment)
     inductors: dict[str, Any] = {}
     for key, value in (given or {}).items():
@@ -158,15 +158,17 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _from_environment() -> dict[str, Any]:
-    """The environment's settings; the only place that reads it."""
+def _from_environment(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The environment's settings; the only place that reads it. given: the options beside it."""
     variables = {_PREFIX + name.upper(): name for name in Options.names()}
     found: dict[str, Any] = {}
     for variable, name in variables.items():
         text = os.environ.get(variable)
         if text:
             try:
-                found[name] = _checked(name, _parsed(name, text))
+                found[name] = (
+                    _kept(text, given) if name == "policy" else _checked(name, _parsed(name, text))
+                )
             except ValueError as error:
                 raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
     ours = [variable for variable in os.environ if variable.startswith(_PREFIX)]
@@ -222,7 +224,7 @@ def _checked(key: str, value: Any) -> Any:
 
 class _Given:
     """Options as one call of torch.compile hands them over with each of its graphs: the same
-    mapping each time."""
+    mapping each time. None is given by all calls that have no options: nothing tells them apart."""
 
     def __init__(self, options: Mapping[str, Any] | None) -> None:
         self._options = options  # kept alive, so that no other takes its place in memory
@@ -235,8 +237,9 @@ class _Given:
 
 
 def _kept(value: str | os.PathLike[str], given: Mapping[str, Any] | None) -> Policy:
-    """The policy of a file as it was when the first graph was compiled with these options: a file
-    that changes between two graphs must not make a model of two policies. That it has is said."""
+    """The policy of a file, named in options or in the environment beside them, as it was when the
+    first graph was compiled with these options: a file that changes between two graphs must not
+    make a model of two policies. That it has is said."""
     path = Path(value).expanduser()
     first = _first_read(path, _Given(given))
     try:
