@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaattn_compiler.policy import Policy, PolicyError
+from adaattn_compiler.policy import LARGEST_BUDGET, Policy, PolicyError
 from adaattn_compiler.said import warn_once
 
 _KNOWN_KERNELS = ("sdpa", "strips", "flex", "cpp", "triton", "cudnn", "flash", "efficient")
@@ -71,7 +71,7 @@ _MOST_ROWS, _MOST_CALLS = 64, 1 << 16
 _CHOICES = {"mode": ("online",), "heuristic": ("seed",)}
 _NUMBERS = {
     "analysis_seconds": "a number of seconds above 0",
-    "online_budget": "a relative error above 0, below 1",
+    "online_budget": f"a relative error above 0, at most {LARGEST_BUDGET:g} (write 5% as 0.05)",
 }
 _COUNTS = {
     "audit_rows": (0, _MOST_ROWS, "a number of rows"),
@@ -270,7 +270,7 @@ def _loaded(path: Path) -> Policy:
 
 def _checked_number(key: str, value: Any) -> float:
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not known or not value > 0 or (key == "online_budget" and not value < 1):
+    if not known or not value > 0 or (key == "online_budget" and value > LARGEST_BUDGET):
         raise ValueError(f"it must be {_NUMBERS[key]}")
     return float(value)
 

@@ -165,6 +165,12 @@ def test_site_is_removed_and_added() -> None:
         ),
         (lambda: Policy((site(), site()), PROVENANCE), r"sites\[1\] is layers.0.self_attn again"),
         (lambda: site(budget=(0.1,)), "budget has 1 entries; it must have one for each of 6"),
+        (
+            lambda: POLICY.replaced("layers.0.self_attn", head=2, budget=5),
+            r"heads\[2\].budget is 5; it must be a relative error from 0 to 1 \(write 5% as 0.05",
+        ),
+        (lambda: POLICY.replaced("layers.0.self_attn", budget=-1.0), "budget is -1.0; it must be"),
+        (lambda: site(budget=(float("nan"),) * 6), r"heads\[0\].budget is nan; it must be"),
         (lambda: site(error=()), "error has 0 entries"),
         (lambda: site(kv_heads=4), "kv_heads is 4; it must divide 6 heads"),
         (lambda: site(kv_heads=0), "kv_heads is 0; it must divide 6 heads"),
@@ -182,8 +188,6 @@ def test_edit_that_makes_no_policy_is_refused(edit: Any, message: str) -> None:
 
 
 def test_values_that_no_file_holds_are_refused_when_written() -> None:
-    with pytest.raises(PolicyError, match=r"^sites\[0\].heads\[0\].budget is nan; it must be"):
-        POLICY.replaced("layers.0.self_attn", budget=float("nan")).to_json()
     huge = HeadDecision(pattern=Pattern(2**40))
     with pytest.raises(
         PolicyError, match=r"^sites\[0\].heads\[0\].pattern.window is 1099511627776"

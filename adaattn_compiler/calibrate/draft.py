@@ -17,6 +17,7 @@ from adaattn_compiler.fingerprint import data_fingerprint, weights_fingerprint
 from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR
 from adaattn_compiler.kernels.envelope import ROOM, names, widened
 from adaattn_compiler.policy import (
+    LARGEST_BUDGET,
     Budget,
     Envelope,
     MeasuredError,
@@ -103,7 +104,7 @@ def _budgets(
         return (budget.value,) * len(errors)
     seen = [0.0] * len(errors) if audited is None else audited[1].tolist()
     return tuple(
-        max(ROOM * error.p99, ROOM * largest, _LEAST_BUDGET)
+        min(max(ROOM * error.p99, ROOM * largest, _LEAST_BUDGET), LARGEST_BUDGET)
         for error, largest in zip(errors, seen, strict=True)
     )
 

@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from adaattn_compiler.decision import HeadDecision, SiteDecision
-from adaattn_compiler.policy.error import PolicyError
+from adaattn_compiler.policy.error import PolicyError, shown
 
 T = TypeVar("T")
+
+# The largest error that may be allowed: that of an output of zeros, relative to the true one. A
+# larger budget would hold nothing to anything, and is likely to be a percentage.
+LARGEST_BUDGET = 1.0
+HEAD_BUDGET = "a relative error from 0 to 1 (write 5% as 0.05)"
 
 
 class FrozenMap(Mapping[str, T]):
@@ -123,6 +128,10 @@ class SitePolicy:
     def __post_init__(self) -> None:
         if self.statistics is not None:
             object.__setattr__(self, "statistics", FrozenMap(self.statistics))
+        for head, budget in enumerate(self.budget):
+            if not 0 <= budget <= LARGEST_BUDGET:
+                reason = f"is {shown(budget)}; it must be {HEAD_BUDGET}"
+                raise PolicyError(("heads", head, "budget"), reason)
         for what in ("budget", "error"):
             if len(getattr(self, what)) != self.heads:
                 raise PolicyError((what,), f"has {len(getattr(self, what))} {self._per_head}")

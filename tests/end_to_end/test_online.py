@@ -434,8 +434,8 @@ def test_every_candidate_is_tried_often_enough(calls: int) -> None:
     [
         ({"mode": "onlin"}, "option mode='onlin': it must be 'online', or None"),
         ({"mode": True}, "option mode=True: it must be 'online'"),
-        ({"online_budget": 0}, "option online_budget=0: .*above 0, below 1"),
-        ({"online_budget": 1.0}, r"option online_budget=1\.0: .*above 0, below 1"),
+        ({"online_budget": 0}, "option online_budget=0: .*above 0, at most 1"),
+        ({"online_budget": 5}, "option online_budget=5: .*at most 1 .write 5% as 0.05.*"),
         ({"online_budget": True}, "option online_budget=True"),
         ({"online_budget": float("nan")}, "option online_budget=nan"),
         ({"online_calls": 0}, "option online_calls=0: .*from 1 to 65536"),
@@ -456,6 +456,7 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
 
 def test_options_that_have_an_effect_are_taken() -> None:
     assert parse_options({"mode": "online", "online_budget": 0.1})[0].online_budget == 0.1
+    assert parse_options({"mode": "online", "online_budget": 1})[0].online_budget == 1.0
     assert parse_options({"policy": PROVIDED, "audit_rows": 4})[0].audit_rows == 4
 
 
