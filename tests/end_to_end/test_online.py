@@ -19,7 +19,7 @@ from adaattn_compiler.kernels.online import MOST_TRIALS, OnlinePlan
 from adaattn_compiler.kernels.online_stats import OnlineStats
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.policy import Policy
-from adaattn_compiler.runtime.state import new_state
+from adaattn_compiler.runtime.state import Column, new_state
 from adaattn_compiler.runtime.states import STATES
 from adaattn_compiler.said import warn_once
 
@@ -368,6 +368,50 @@ def test_explain_says_how_long_it_gathers() -> None:
     (site,) = found.sites
     assert site.decision == "online: gathers for 5 calls"
     assert "within 0.01" in (site.why or "")
+
+
+def explained(model: torch.nn.Module, **options: object) -> list[str | None]:
+    given = {"measure": False, "kernels": "cpp", "mode": "online", "online_calls": CALLS, **options}
+    with torch.no_grad():
+        found = adaattn_compiler.explain(model, inputs(), options=given)
+    for site in found.sites:
+        assert str(site.decision) in str(found)
+    return [site.decision for site in found.sites]
+
+
+def test_explain_says_what_is_gathered_and_decided_by_now() -> None:
+    model = stack(depth=2, slopes=(1.0, 0.0))
+    fast = compiled(model)
+    run(fast, inputs())
+    assert explained(model) == [f"online: gathering, 1 of {CALLS} calls"] * 2
+    assert explained(model) == [f"online: gathering, 1 of {CALLS} calls"] * 2  # it does not gather
+    for seed in range(1, CALLS):
+        run(fast, inputs(seed=seed))
+    known = [f"online: {site.online}" for site in adaattn_compiler.stats(model).sites]
+    assert explained(model) == known
+    assert "online: decided after 3 calls: 1 x window" in known[0]
+    # Of another model, or by another budget, nothing is known.
+    assert explained(stack(depth=1)) == [f"online: gathers for {CALLS} calls"]
+    assert explained(model, online_budget=0.5) == [f"online: gathers for {CALLS} calls"] * 2
+    assert run(fast, inputs(seed=9)) is not None
+    assert [f"online: {site.online}" for site in adaattn_compiler.stats(model).sites] == known
+
+
+def test_explain_says_why_a_site_decided_to_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_runner, "least_seconds", _seconds(0.97))
+    model = stack(depth=1)
+    gathered(model)
+    why = "nothing within the budget is faster"
+    assert explained(model) == [f"online: decided after {CALLS} calls: 2 x exact ({why})"]
+
+
+def test_explain_says_how_many_heads_are_demoted() -> None:
+    model = stack(depth=1)
+    gathered(model)
+    ((_, state),) = STATES.of_model(model.parameters())
+    state[1, Column.DEMOTED] = 1
+    (said,) = explained(model)
+    assert (said or "").endswith("; 1 demoted since, exact")
 
 
 def test_where_another_exact_kernel_is_faster_it_stays() -> None:
