@@ -73,6 +73,27 @@ def test_site_that_is_otherwise_is_refused_with_both_values(what: str, value: An
     assert str(value) in reason
 
 
+def test_another_spec_is_refused_in_words() -> None:
+    calibrated = {"mask": "causal", "score": "S", "scale": "0.125"}
+    own = dataclasses.replace(POLICY.sites[0], computes=calibrated)
+    here = _PRESENT | {"spec": "ba9876543210", "computes": {**calibrated, "mask": "none"}}
+    says = own.mismatch(**here, lengths=(1, 64)) or ""
+    assert "mask is none, was causal; query length is 1, was from 16 to 4096" in says
+    assert "scale" not in says
+    assert "key length" not in says
+    assert "(spec 0123456789ab, here ba9876543210)" in says
+    assert says.endswith("; calibrate on inputs such as these, or leave it exact")
+    assert own.mismatch(**_PRESENT, computes=calibrated, lengths=(1, 1)) is None  # only words
+    assert ": here" not in (own.mismatch(**(here | {"computes": calibrated})) or ": here")
+
+
+def test_a_file_without_words_is_answered_with_what_is_here() -> None:
+    here = _PRESENT | {"spec": "ba9876543210", "computes": {"mask": "none", "score": "S"}}
+    says = POLICY.sites[0].mismatch(**here, lengths=(64, 9999)) or ""
+    assert "which its file does not describe (spec 0123456789ab, here ba9876543210)" in says
+    assert "mask is none; score is S; key length is 9999, was from 16 to 4096; calibrate" in says
+
+
 def test_where_gradients_are_on_a_policy_says_so() -> None:
     assert "torch.no_grad()" in (POLICY.sites[0].mismatch(**(_PRESENT | {"training": True})) or "")
 

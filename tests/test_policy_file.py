@@ -50,6 +50,14 @@ def test_statistics_are_kept_and_files_without_them_are_read() -> None:
     assert read.replaced(site.name, decision=EXACT).sites[0].statistics == statistics
 
 
+def test_words_are_kept_and_files_without_them_are_read() -> None:
+    policy = POLICY.with_site(dataclasses.replace(POLICY.sites[0], computes={"mask": "causal"}))
+    assert Policy.from_json(policy.to_json()) == policy
+    assert policy.key() == POLICY.key()  # the key of the spec says the same
+    assert hash(policy) == hash(Policy.from_json(policy.to_json()))
+    assert Policy.from_json(_TEXT).sites[0].computes is None
+
+
 def test_policy_of_an_earlier_version_is_read() -> None:
     """One that was written before sites had statistics."""
     policy = Policy.load(Path(__file__).parent / "data" / "bytes_lm" / "policy.json")

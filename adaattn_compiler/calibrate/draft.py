@@ -26,6 +26,7 @@ from adaattn_compiler.policy import (
     Seconds,
     SitePolicy,
 )
+from adaattn_compiler.spec_in_words import spec_in_words
 from adaattn_compiler.target import cpu_target
 
 # The least budget of a head that has none from the user.
@@ -67,6 +68,7 @@ def site_policy(
         seconds,
         weights=weights,
         statistics=_statistics(site) or None,
+        computes=spec_in_words(site.problem.spec),
     )
 
 

@@ -219,6 +219,11 @@ _SITE = Record(
             "what heads do when computed exactly, by name; decides nothing",
             optional=True,
         ),
+        "computes": Field(
+            MapOf(_WORDS, _WORDS),
+            "what spec stands for, in words by name: mask, score, ...; decides nothing",
+            optional=True,
+        ),
         "weights": Field(
             _FINGERPRINT,
             "fingerprint of the module's parameters; not given: they are not looked at",

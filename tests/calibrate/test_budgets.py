@@ -59,6 +59,7 @@ def test_no_head_gets_a_budget_above_the_largest() -> None:
     """Twice what calibration saw would be: at that nothing is over it any more."""
     site = measured(0.9, 0.6, 0.3, 0.0)
     policy = site_policy(site, (1, 1, 1, 1), None, Budget("output_budget", 0.5), None)
+    assert (policy.computes or {})["mask"] == "causal"
     assert policy.budget == pytest.approx((1.0, 1.0, 0.6, 0.005))
 
 

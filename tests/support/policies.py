@@ -153,6 +153,7 @@ def _sites(draw: st.DrawFn, name: str, ordinal: int) -> SitePolicy:
         error=tuple(draw(st.lists(measured, **per_head))),
         seconds=draw(st.none() | st.builds(Seconds, _errors, _errors, st.booleans())),
         training=draw(st.booleans()),
+        computes=draw(st.none() | st.dictionaries(_words, _words, max_size=3)),
     )
 
 
