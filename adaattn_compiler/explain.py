@@ -23,7 +23,7 @@ from torch import fx
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.passes.decide import chooser_of
 from adaattn_compiler.passes.pipeline import rewrite
-from adaattn_compiler.records import Asked, SiteRecord, numbered, records
+from adaattn_compiler.records import Asked, SiteRecord, decided_so_far, numbered, records
 from adaattn_compiler.report import dump, log_sites, predictions, sources, table
 from adaattn_compiler.target import DeviceTarget, target_named
 
@@ -109,8 +109,9 @@ def explain(
 
     The model runs once, uncompiled: what a call changes (counters of BatchNorm, caches, the state
     of random numbers) it changes here too. Kernels may be measured and built, and the measurements
-    kept in `cache_dir`. What is compiled already stays so (before torch 2.13, which cannot keep
-    compilations apart, `torch.compiler.reset()` is called).
+    kept in `cache_dir`. In online mode the record of a site says what the compiled model has
+    gathered or decided there by now, as `stats` does. What is compiled already stays so (before
+    torch 2.13, which cannot keep compilations apart, `torch.compiler.reset()` is called).
 
     options, dynamic: as given to torch.compile. source: show the code that is generated for each
     site: C++, or Triton for a target. target: a GPU by name or capability ("H200", "sm_90"), or a
@@ -133,7 +134,8 @@ def explain(
     def backend(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         chooser = chooser_of(ours, graph_module, inputs)
         analysis = rewrite(graph_module, inputs, ours, chooser)
-        sites = records(analysis, len(graphs), asked)
+        so_far = decided_so_far(analysis, graph_module, inputs)
+        sites = records(analysis, len(graphs), asked, so_far)
         log_sites(sites, analysis.failure)
         dump(graph_module, analysis, sites, ours.dump_dir)
         graphs.append(_Graph(sites, analysis.failure, analysis.seconds))

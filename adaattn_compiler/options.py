@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaattn_compiler.policy import Policy, PolicyError
+from adaattn_compiler.policy import LARGEST_BUDGET, Policy, PolicyError
 from adaattn_compiler.said import warn_once
 
 _KNOWN_KERNELS = ("sdpa", "strips", "flex", "cpp", "triton", "cudnn", "flash", "efficient")
@@ -71,11 +71,17 @@ _MOST_ROWS, _MOST_CALLS = 64, 1 << 16
 _CHOICES = {"mode": ("online",), "heuristic": ("seed",)}
 _NUMBERS = {
     "analysis_seconds": "a number of seconds above 0",
-    "online_budget": "a relative error above 0, below 1",
+    "online_budget": f"a relative error above 0, at most {LARGEST_BUDGET:g} (write 5% as 0.05)",
 }
 _COUNTS = {
     "audit_rows": (0, _MOST_ROWS, "a number of rows"),
     "online_calls": (1, _MOST_CALLS, "a number of calls"),
+}
+_NEEDS = {
+    "online_calls": "mode='online'",
+    "online_budget": "mode='online' (calibrate's argument is budget)",
+    "heuristic": "mode='online' (calibrate has an argument of that name)",
+    "audit_rows": "a policy or mode='online'",
 }
 _SWITCHES = ("enabled", "validate", "measure")
 _PREFIX = "ADAATTN_"
@@ -87,7 +93,8 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
 
     Raises ValueError naming the key, the value and what is valid.
     """
-    ours: dict[str, Any] = _from_environment()
+    environment = _from_environment(given)
+    ours = dict(environment)
     inductors: dict[str, Any] = {}
     for key, value in (given or {}).items():
         if not isinstance(key, str):
@@ -108,6 +115,7 @@ def parse_options(given: Mapping[str, Any] | None) -> tuple[Options, dict[str, A
             )
     options = Options(**ours)
     _check_together(options)
+    _check_effects(options, given or {}, environment)
     return options, inductors
 
 
@@ -116,11 +124,26 @@ def _check_together(options: Options) -> None:
         raise ValueError(
             f"options policy and mode={options.mode!r}: a policy has decided already; leave one out"
         )
-    if options.heuristic is not None and options.mode is None:
-        raise ValueError(
-            f"option heuristic={options.heuristic!r}: it does nothing without mode='online' "
-            "(calibrate has an argument of that name)"
-        )
+
+
+def _check_effects(
+    options: Options, given: Mapping[str, Any], environment: Mapping[str, Any]
+) -> None:
+    """ValueError for an option that has no effect beside the others. In the environment, which is
+    for other compilations, too, it is warned of."""
+    for name in _idle(options):
+        what = f"it does nothing without {_NEEDS[name]}: set that, too, or leave this out"
+        if given.get(name) is not None:
+            raise ValueError(f"option {name}={given[name]!r}: {what}")
+        if environment.get(name) is not None:
+            warn_once(f"{_PREFIX}{name.upper()} in the environment: {what}")
+
+
+def _idle(options: Options) -> tuple[str, ...]:
+    """The options that say nothing beside what `mode` and `policy` are."""
+    if options.mode is not None:
+        return ()
+    return tuple(name for name in _NEEDS if options.policy is None or name != "audit_rows")
 
 
 def _inductors_names() -> list[str]:
@@ -135,15 +158,17 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _from_environment() -> dict[str, Any]:
-    """The environment's settings; the only place that reads it."""
+def _from_environment(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The environment's settings; the only place that reads it. given: the options beside it."""
     variables = {_PREFIX + name.upper(): name for name in Options.names()}
     found: dict[str, Any] = {}
     for variable, name in variables.items():
         text = os.environ.get(variable)
         if text:
             try:
-                found[name] = _checked(name, _parsed(name, text))
+                found[name] = (
+                    _kept(text, given) if name == "policy" else _checked(name, _parsed(name, text))
+                )
             except ValueError as error:
                 raise ValueError(f"{variable}={text!r} in the environment: {error}") from None
     ours = [variable for variable in os.environ if variable.startswith(_PREFIX)]
@@ -199,7 +224,7 @@ def _checked(key: str, value: Any) -> Any:
 
 class _Given:
     """Options as one call of torch.compile hands them over with each of its graphs: the same
-    mapping each time."""
+    mapping each time. None is given by all calls that have no options: nothing tells them apart."""
 
     def __init__(self, options: Mapping[str, Any] | None) -> None:
         self._options = options  # kept alive, so that no other takes its place in memory
@@ -212,8 +237,9 @@ class _Given:
 
 
 def _kept(value: str | os.PathLike[str], given: Mapping[str, Any] | None) -> Policy:
-    """The policy of a file as it was when the first graph was compiled with these options: a file
-    that changes between two graphs must not make a model of two policies. That it has is said."""
+    """The policy of a file, named in options or in the environment beside them, as it was when the
+    first graph was compiled with these options: a file that changes between two graphs must not
+    make a model of two policies. That it has is said."""
     path = Path(value).expanduser()
     first = _first_read(path, _Given(given))
     try:
@@ -244,7 +270,7 @@ def _loaded(path: Path) -> Policy:
 
 def _checked_number(key: str, value: Any) -> float:
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not known or not value > 0 or (key == "online_budget" and not value < 1):
+    if not known or not value > 0 or (key == "online_budget" and value > LARGEST_BUDGET):
         raise ValueError(f"it must be {_NUMBERS[key]}")
     return float(value)
 

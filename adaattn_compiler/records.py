@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from torch import fx
 
+from adaattn_compiler.kernels.online_stats import online_stats
 from adaattn_compiler.kernels.predict import (
     Prediction,
     counted_here,
     predicted,
     source_for,
 )
+from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.passes.lower import Lowered
 from adaattn_compiler.passes.pipeline import Analysis
 from adaattn_compiler.passes.site import Refused
+from adaattn_compiler.passes.weights import GraphWeights
 from adaattn_compiler.predicates import describe
+from adaattn_compiler.runtime.state import head_stats
+from adaattn_compiler.runtime.states import ONLINE, STATES, StateKey
 from adaattn_compiler.target import DeviceTarget
 
 
@@ -35,7 +43,8 @@ class SiteRecord:
     mask: in words: "causal & window(512)", "key padding", "none", ...
     kernel: what computes it: "sdpa", "strips", "flex" or "cpp"; on a GPU "sdpa", "cudnn", "flash",
     "efficient" or "triton".
-    decision: how exactly it is computed: "exact", or what the heads do by a policy.
+    decision: how exactly it is computed: "exact", or what the heads do by a policy; in online mode
+    "online: " and what the site has gathered, or decided, by now.
     shape: sizes as captured, "B1 H8 G2 M64 N64 D32": batch, query heads, key/value heads, query
     length, key length, head dimension; E, the head dimension of V, where it differs.
     score: what is done to the scaled product S of a query and a key before the softmax: "S" alone,
@@ -95,14 +104,45 @@ class Asked:
         return counted_here(result.problem) if self.figures else None
 
 
-def records(analysis: Analysis, graph: int = 0, asked: Asked = Asked()) -> tuple[SiteRecord, ...]:
-    """The records of one graph's sites."""
+def records(
+    analysis: Analysis,
+    graph: int = 0,
+    asked: Asked = Asked(),
+    so_far: Mapping[SiteKey, str] = MappingProxyType({}),
+) -> tuple[SiteRecord, ...]:
+    """The records of one graph's sites. so_far: what `decided_so_far` says of them."""
     return numbered(
-        _lowered_record(result, graph, asked)
+        _lowered_record(result, graph, asked, so_far)
         if isinstance(result, Lowered)
         else _refused_record(result, graph)
         for result in analysis.results
     )
+
+
+def decided_so_far(
+    analysis: Analysis, graph_module: fx.GraphModule, inputs: Sequence[Any]
+) -> dict[SiteKey, str]:
+    """What sites that decide for themselves have gathered or decided, by calls of this model before
+    now; not of those that nothing has run through."""
+    weights = GraphWeights(graph_module, inputs)
+    found: dict[SiteKey, str] = {}
+    for site in analysis.states:
+        places = weights.places(site.key.name) or weights.places("")
+        state = _state_of(site, inputs[places[0][1]]) if places else None
+        if state is not None:
+            found[site.key] = _online_in_words(site, state)
+    return found
+
+
+def _state_of(site: Lowered, owner: torch.Tensor) -> torch.Tensor | None:
+    key = StateKey(ONLINE, site.key.name, site.key.ordinal, site.choice.form)
+    return STATES.known(owner, key) if site.choice.form.plan else None
+
+
+def _online_in_words(site: Lowered, state: torch.Tensor) -> str:
+    words = f"online: {online_stats(site.choice.form.plan, state)}"
+    demoted = sum(head.demoted for head in head_stats(state[: site.problem.shape.heads]))
+    return f"{words}; {demoted} demoted since, exact" if demoted else words
 
 
 def numbered(sites: Iterable[SiteRecord]) -> tuple[SiteRecord, ...]:
@@ -116,8 +156,11 @@ def numbered(sites: Iterable[SiteRecord]) -> tuple[SiteRecord, ...]:
     return tuple(found)
 
 
-def _lowered_record(result: Lowered, graph: int, asked: Asked) -> SiteRecord:
+def _lowered_record(
+    result: Lowered, graph: int, asked: Asked, so_far: Mapping[SiteKey, str]
+) -> SiteRecord:
     site, kernel = result.site, result.choice.kernel
+    known = so_far.get(result.key) if result.choice.stateful else None
     return SiteRecord(
         name=site.name,
         ordinal=0,
@@ -127,7 +170,7 @@ def _lowered_record(result: Lowered, graph: int, asked: Asked) -> SiteRecord:
         spelling=site.spelling,
         mask=describe(site.spec.mask),
         kernel=kernel.name,
-        decision=result.choice.decision,
+        decision=known or result.choice.decision,
         shape=_sizes(result),
         score=str(site.spec.score),
         why=result.choice.why,

@@ -12,7 +12,12 @@ import torch
 from adaattn_compiler.decision import BLOCK, HeadDecision
 from adaattn_compiler.kernels import decided_op
 from adaattn_compiler.kernels.decided import DecidedPlan
-from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR, bounds_by_head, envelope_refusal
+from adaattn_compiler.kernels.decided_kernel import (
+    AUDIT_ERROR,
+    GRADIENT_WANTED,
+    bounds_by_head,
+    envelope_refusal,
+)
 from adaattn_compiler.kernels.envelope import names
 from adaattn_compiler.kernels.low_rank import low_rank_refusal
 from adaattn_compiler.kernels.problem import Attention, Problem, Sizes
@@ -50,7 +55,7 @@ class DecidedGpuKernel:
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.requires_grad:
-            return "policies are for inference; a gradient is wanted here"
+            return GRADIENT_WANTED
         exact = TritonKernel(self.target).refusal(problem)
         if exact is not None:
             return exact

@@ -29,6 +29,14 @@ AUDIT_ERROR = "audit_error"
 
 _PRECISIONS = (Precision.FP32, Precision.BF16)
 
+GRADIENT_WANTED = (
+    "policies and mode='online' are for inference; a gradient is wanted here: call the model under "
+    "torch.no_grad() or torch.inference_mode(), or train it without them"
+)
+_DROPOUT_ON = (
+    "policies and mode='online' are for inference; dropout is on here: call model.eval() first"
+)
+
 
 @dataclass(frozen=True)
 class DecidedKernel:
@@ -96,9 +104,9 @@ def decision_refusal(problem: Problem, heads: Sequence[HeadDecision]) -> str | N
     """Why these decisions do not go with a problem, whatever is exact about it."""
     spec = problem.spec
     if problem.requires_grad:
-        return "policies are for inference; a gradient is wanted here"
+        return GRADIENT_WANTED
     if spec.dropout_p > 0:
-        return "policies are for inference; dropout is on here"
+        return _DROPOUT_ON
     reason = low_rank_refusal(problem, heads)
     if reason is not None:
         return reason

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +32,7 @@ from adaattn_compiler.kernels.online import (
 from adaattn_compiler.kernels.reference import attention_by_rows
 from adaattn_compiler.kernels.statistics import head_statistics
 from adaattn_compiler.kernels.through_op import all_finite
+from adaattn_compiler.kernels.timing import least_seconds
 from adaattn_compiler.runtime.state import Column, new_state
 
 # Of q, k, v, operands and params.
@@ -46,7 +46,6 @@ _TURNS = 16
 # is chosen is timed a few times in all, and with more care: a busy machine must not undo it.
 _ROUNDS, _SECONDS = 2, 0.05
 _LAST_ROUNDS, _LAST_SECONDS = 5, 0.5
-_MOST_ROUNDS = 20
 
 
 @functools.cache
@@ -164,7 +163,9 @@ class OnlineRunner:
             for runner in (self._candidates[i] for i in tried)
         ]
         outs = [way() for way in ways]  # first, and not timed: lists are made
-        exactly, *seconds = least_seconds([lambda: self._base(*given), *ways])
+        exactly, *seconds = least_seconds(
+            [lambda: self._base(*given), *ways], _ROUNDS, _SECONDS, warm=True
+        )
         statistics = guard_statistics(*given[:3])
         return Found(
             tried,
@@ -219,7 +220,6 @@ class OnlineRunner:
                 flags = runner.check(q, k, v, state)
                 return runner(q, k, v, operands, params, flags, state)
 
-            guarded()
             exact, decided = least_seconds(
                 [lambda: self._base(*given), guarded], _LAST_ROUNDS, _LAST_SECONDS
             )
@@ -227,24 +227,6 @@ class OnlineRunner:
                 numbers = np.zeros_like(numbers)
         with self._lock:
             memory.settle(numbers, exact, decided)
-
-
-def least_seconds(
-    ways: Sequence[Callable[[], object]], rounds: int = _ROUNDS, seconds: float = _SECONDS
-) -> list[float]:
-    """The least that each takes, called in turns: other processes only ever make calls slower.
-
-    rounds: at least so many, more while they take no longer than `seconds` together.
-    """
-    least, begun = [float("inf")] * len(ways), time.perf_counter()
-    for turn in range(_MOST_ROUNDS):
-        if turn >= rounds and time.perf_counter() - begun > seconds:
-            break
-        for i, way in enumerate(ways):
-            begin = time.perf_counter()
-            way()
-            least[i] = min(least[i], time.perf_counter() - begin)
-    return least
 
 
 def _run(runner: DecidedRunner, given: Tensors) -> torch.Tensor:

@@ -21,6 +21,7 @@ from adaattn_compiler.passes.site import Site
 from adaattn_compiler.passes.symbols import settle_range
 from adaattn_compiler.passes.weights import GraphWeights
 from adaattn_compiler.policy import Policy, SitePolicy
+from adaattn_compiler.spec_in_words import spec_in_words
 
 
 def chooser_of(
@@ -83,6 +84,8 @@ def _refusal(decided: SitePolicy, site: Site, problem: Problem, weights: str | N
         dtype=str(problem.dtype).removeprefix("torch."),
         training=problem.requires_grad,
         weights=weights,
+        computes=spec_in_words(problem.spec),
+        lengths=shape.hints[1:],
     )
     if reason is not None:
         return reason

@@ -300,6 +300,47 @@ def test_the_file_of_a_policy_is_read_once_for_the_graphs_of_one_compilation(
         parse_options({"policy": path})
 
 
+def test_the_file_of_a_policy_in_the_environment_is_read_once_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "policy.json"
+    other = POLICY.without("layers.1.self_attn")
+    options: dict[str, Any] = {"measure": False}
+    monkeypatch.setenv("ADAATTN_POLICY", str(path))
+    POLICY.save(path)
+    assert parse_options(None)[0].policy == POLICY
+    assert parse_options(options)[0].policy == POLICY
+    assert not caplog.records
+    other.save(path)
+    assert parse_options(None)[0].policy == POLICY
+    assert f"go by what it was (policy {POLICY.key()})" in caplog.text
+    assert parse_options(options)[0].policy == POLICY
+    assert parse_options(dict(options))[0].policy == other  # another call of torch.compile
+    path.write_text("{")
+    assert parse_options(options)[0].policy == POLICY
+    with pytest.raises(ValueError, match=r"ADAATTN_POLICY='.*policy\.json' in the environment: "):
+        parse_options(dict(options))
+
+
+def test_a_model_is_of_one_policy_though_its_file_in_the_environment_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "policy.json", []
+
+    def backend(graph_module: Any, inputs: Any, *, options: Any = None) -> Any:
+        seen.append(parse_options(options)[0].policy)
+        POLICY.without("layers.1.self_attn").save(path)  # between the graphs of one model
+        return graph_module.forward
+
+    POLICY.save(path)
+    monkeypatch.setenv("ADAATTN_POLICY", str(path))
+    torch.compiler.reset()
+    compiled = torch.compile(_attention, backend=backend, dynamic=False)
+    for length in (8, 9):
+        compiled(*(torch.randn(1, 2, length, 4) for _ in range(3)))
+    assert seen == [POLICY, POLICY]
+
+
 def test_torch_hands_the_same_options_over_with_each_graph() -> None:
     # What the last test relies on.
     seen: list[Any] = []

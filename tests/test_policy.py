@@ -22,6 +22,7 @@ from adaattn_compiler.policy import (
     Range,
     SitePolicy,
 )
+from adaattn_compiler.policy.table import table
 
 _PRESENT: dict[str, Any] = {
     "spec": "0123456789ab",
@@ -70,6 +71,27 @@ def test_site_that_is_otherwise_is_refused_with_both_values(what: str, value: An
     assert reason is not None
     assert f"{what} {getattr(POLICY.sites[0], what)}" in reason
     assert str(value) in reason
+
+
+def test_another_spec_is_refused_in_words() -> None:
+    calibrated = {"mask": "causal", "score": "S", "scale": "0.125"}
+    own = dataclasses.replace(POLICY.sites[0], computes=calibrated)
+    here = _PRESENT | {"spec": "ba9876543210", "computes": {**calibrated, "mask": "none"}}
+    says = own.mismatch(**here, lengths=(1, 64)) or ""
+    assert "mask is none, was causal; query length is 1, was from 16 to 4096" in says
+    assert "scale" not in says
+    assert "key length" not in says
+    assert "(spec 0123456789ab, here ba9876543210)" in says
+    assert says.endswith("; calibrate on inputs such as these, or leave it exact")
+    assert own.mismatch(**_PRESENT, computes=calibrated, lengths=(1, 1)) is None  # only words
+    assert ": here" not in (own.mismatch(**(here | {"computes": calibrated})) or ": here")
+
+
+def test_a_file_without_words_is_answered_with_what_is_here() -> None:
+    here = _PRESENT | {"spec": "ba9876543210", "computes": {"mask": "none", "score": "S"}}
+    says = POLICY.sites[0].mismatch(**here, lengths=(64, 9999)) or ""
+    assert "which its file does not describe (spec 0123456789ab, here ba9876543210)" in says
+    assert "mask is none; score is S; key length is 9999, was from 16 to 4096; calibrate" in says
 
 
 def test_where_gradients_are_on_a_policy_says_so() -> None:
@@ -164,6 +186,12 @@ def test_site_is_removed_and_added() -> None:
         ),
         (lambda: Policy((site(), site()), PROVENANCE), r"sites\[1\] is layers.0.self_attn again"),
         (lambda: site(budget=(0.1,)), "budget has 1 entries; it must have one for each of 6"),
+        (
+            lambda: POLICY.replaced("layers.0.self_attn", head=2, budget=5),
+            r"heads\[2\].budget is 5; it must be a relative error from 0 to 1 \(write 5% as 0.05",
+        ),
+        (lambda: POLICY.replaced("layers.0.self_attn", budget=-1.0), "budget is -1.0; it must be"),
+        (lambda: site(budget=(float("nan"),) * 6), r"heads\[0\].budget is nan; it must be"),
         (lambda: site(error=()), "error has 0 entries"),
         (lambda: site(kv_heads=4), "kv_heads is 4; it must divide 6 heads"),
         (lambda: site(kv_heads=0), "kv_heads is 0; it must divide 6 heads"),
@@ -181,8 +209,6 @@ def test_edit_that_makes_no_policy_is_refused(edit: Any, message: str) -> None:
 
 
 def test_values_that_no_file_holds_are_refused_when_written() -> None:
-    with pytest.raises(PolicyError, match=r"^sites\[0\].heads\[0\].budget is nan; it must be"):
-        POLICY.replaced("layers.0.self_attn", budget=float("nan")).to_json()
     huge = HeadDecision(pattern=Pattern(2**40))
     with pytest.raises(
         PolicyError, match=r"^sites\[0\].heads\[0\].pattern.window is 1099511627776"
@@ -291,6 +317,20 @@ site    heads  decision                    mean error  p99 error  budget
         3-5    window 256 + 64 sinks bf16  0.005       0.01       0.01
 b#2     0-5    exact                       -           -          0.01""",
         )
+
+
+def test_heads_that_share_a_line_are_summed_up_by_the_one_nearest_to_its_budget() -> None:
+    # Each within its budget; the largest error beside the smallest budget would read as over it.
+    error = tuple(MeasuredError(e / 2, e) for e in (0.05, 0.002, 0.004, 0.0, 0.0, 0.0))
+    alike = SiteDecision((BF16,) * 6)
+    own = site(decision=alike, error=error, budget=(0.1, 0.003, 0.01, 0.2, 0.2, 0.2))
+    assert table([own])[1].split()[-3:] == ["0.001", "0.002", "0.003"]
+    evenly = dataclasses.replace(own, budget=(0.1, 0.004, 0.008, 0.2, 0.2, 0.2))
+    assert table([evenly])[1].split()[-3:] == ["0.025", "0.05", "0.1"]
+    none_allowed = dataclasses.replace(own, budget=(0.1, 0.003, 0.0, 0.0, 0.2, 0.2))
+    assert table([none_allowed])[1].split()[-3:] == ["0.002", "0.004", "0"]
+    unmeasured = dataclasses.replace(own, error=(None, *error[1:]))
+    assert table([unmeasured])[1].split()[-3:] == ["-", "-", "0.003"]
 
 
 def test_error_is_pickled_with_its_place() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from policies import POLICY
 
-from adaattn_compiler.decision import EXACT
+from adaattn_compiler.decision import EXACT, HeadDecision, Pattern
 from adaattn_compiler.policy import Policy, PolicyError
 
 _TEXT = POLICY.to_json()
@@ -48,6 +48,14 @@ def test_statistics_are_kept_and_files_without_them_are_read() -> None:
     # They decide nothing.
     assert policy.key() == POLICY.key()
     assert read.replaced(site.name, decision=EXACT).sites[0].statistics == statistics
+
+
+def test_words_are_kept_and_files_without_them_are_read() -> None:
+    policy = POLICY.with_site(dataclasses.replace(POLICY.sites[0], computes={"mask": "causal"}))
+    assert Policy.from_json(policy.to_json()) == policy
+    assert policy.key() == POLICY.key()  # the key of the spec says the same
+    assert hash(policy) == hash(Policy.from_json(policy.to_json()))
+    assert Policy.from_json(_TEXT).sites[0].computes is None
 
 
 def test_policy_of_an_earlier_version_is_read() -> None:
@@ -97,6 +105,14 @@ def test_policy_of_an_earlier_version_is_read() -> None:
         (
             lambda p: p["sites"][1]["heads"][0].pop("budget"),
             "sites[1].heads[0].budget is missing; it must be given",
+        ),
+        (
+            lambda p: p["sites"][0]["heads"][2].update(budget=5),
+            "sites[0].heads[2].budget is 5; it must be a relative error from 0 to 1 (write 5% as",
+        ),
+        (
+            lambda p: p["provenance"]["budget"].update(value=1.5),
+            "provenance.budget.value is 1.5; it must be a share from 0 to 1 (write 5% as 0.05)",
         ),
         (
             lambda p: p["sites"][1].update(envelop=p["sites"][1].pop("envelope")),
@@ -278,8 +294,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(
 def test_policy_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
     POLICY.save(path)
-    with pytest.raises(PolicyError, match="budget is -1"):
-        POLICY.replaced("layers.1.self_attn", budget=-1.0).save(path)
+    huge = HeadDecision(pattern=Pattern(2**40))
+    with pytest.raises(PolicyError, match="window is 1099511627776"):
+        POLICY.replaced("layers.1.self_attn", decision=huge).save(path)
     assert Policy.load(path) == POLICY
 
 

@@ -14,9 +14,9 @@ from adaattn_compiler.calibrate.apply import Decisions
 from adaattn_compiler.calibrate.board import Tensors, exactly
 from adaattn_compiler.calibrate.measure import decided, unguarded
 from adaattn_compiler.calibrate.select import Selection
-from adaattn_compiler.calibrate.times import least_seconds
 from adaattn_compiler.decision import EXACT
 from adaattn_compiler.kernels.problem import Problem
+from adaattn_compiler.kernels.timing import least_seconds
 from adaattn_compiler.passes.choices import SiteKey
 
 

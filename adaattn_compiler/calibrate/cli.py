@@ -25,7 +25,7 @@ from adaattn_compiler.calibrate.resume import Journal, key_of
 from adaattn_compiler.calibrate.run import PRESETS, Calibration, calibration
 from adaattn_compiler.calibrate.subjects import Samples, from_code, from_folder
 from adaattn_compiler.kernels.heuristic import HEURISTICS
-from adaattn_compiler.policy import Budget
+from adaattn_compiler.policy import LARGEST_BUDGET, Budget
 from adaattn_compiler.policy.file import write_text
 from adaattn_compiler.subjects import Fault
 
@@ -195,8 +195,10 @@ def _share(text: str) -> float:
         found = float(number) / (100 if percent else 1)
     except ValueError:
         found = math.nan
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a number above 0, as 0.001 or 0.1%")
+    if not 0 < found <= LARGEST_BUDGET:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write a number above 0, at most {LARGEST_BUDGET:g}, as 0.001 or 0.1%"
+        )
     return found
 
 

@@ -17,6 +17,7 @@ from adaattn_compiler.fingerprint import data_fingerprint, weights_fingerprint
 from adaattn_compiler.kernels.decided_kernel import AUDIT_ERROR
 from adaattn_compiler.kernels.envelope import ROOM, names, widened
 from adaattn_compiler.policy import (
+    LARGEST_BUDGET,
     Budget,
     Envelope,
     MeasuredError,
@@ -25,6 +26,7 @@ from adaattn_compiler.policy import (
     Seconds,
     SitePolicy,
 )
+from adaattn_compiler.spec_in_words import spec_in_words
 from adaattn_compiler.target import cpu_target
 
 # The least budget of a head that has none from the user.
@@ -66,6 +68,7 @@ def site_policy(
         seconds,
         weights=weights,
         statistics=_statistics(site) or None,
+        computes=spec_in_words(site.problem.spec),
     )
 
 
@@ -103,7 +106,7 @@ def _budgets(
         return (budget.value,) * len(errors)
     seen = [0.0] * len(errors) if audited is None else audited[1].tolist()
     return tuple(
-        max(ROOM * error.p99, ROOM * largest, _LEAST_BUDGET)
+        min(max(ROOM * error.p99, ROOM * largest, _LEAST_BUDGET), LARGEST_BUDGET)
         for error, largest in zip(errors, seen, strict=True)
     )
 

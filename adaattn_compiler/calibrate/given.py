@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adaattn_compiler.calibrate.outcome import Batch
-from adaattn_compiler.policy import Budget
+from adaattn_compiler.policy import LARGEST_BUDGET, Budget
 
 
 def batches_of(batches: Iterable[Mapping[str, Any] | tuple[Any, ...]]) -> list[Batch]:
@@ -21,7 +20,7 @@ def batches_of(batches: Iterable[Mapping[str, Any] | tuple[Any, ...]]) -> list[B
 def asked_for(
     budget: float | None, output_budget: float | None, max_perplexity_change: float | None
 ) -> Budget:
-    """The one that is given. ValueError where that is none, several, or not above 0."""
+    """The one that is given. ValueError where that is none, several, or out of range."""
     kinds = {
         "budget": budget,
         "output_budget": output_budget,
@@ -31,8 +30,10 @@ def asked_for(
     if len(given) != 1:
         raise ValueError(f"{', '.join(given) or 'no budget'} given; give one of {', '.join(kinds)}")
     ((kind, value),) = given.items()
-    if not 0 < value < math.inf:
-        raise ValueError(f"{kind} is {value}; it must be above 0")
+    if not 0 < value <= LARGEST_BUDGET:
+        raise ValueError(
+            f"{kind} is {value}; it must be above 0, at most {LARGEST_BUDGET:g} (write 5% as 0.05)"
+        )
     return Budget(kind, float(value))
 
 

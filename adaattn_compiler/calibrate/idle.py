@@ -16,7 +16,7 @@ from adaattn_compiler.kernels.blocks import block_structure
 from adaattn_compiler.kernels.cpu.decided_lists import decisions_at
 from adaattn_compiler.kernels.patterns import kept_blocks
 from adaattn_compiler.passes.choices import SiteKey
-from adaattn_compiler.policy import Budget, Policy
+from adaattn_compiler.policy import LARGEST_BUDGET, Budget, Policy
 
 # A candidate with at most this share of the exact one's blocks should be faster than it.
 _LESS = 0.75
@@ -40,7 +40,7 @@ def idle(
     "". limit: of a head's error, where the budget is one of that."""
     if any(not site.decision.is_exact for site in policy.sites):
         return ""
-    most = limit if budget.kind == "budget" else float("inf")
+    most = limit if budget.kind == "budget" else LARGEST_BUDGET
     tried = [each for key, site in sites.items() for each in _with_less_work(key, site, most)]
     if not tried:
         return ""

@@ -14,6 +14,7 @@ import torch
 from adaattn_compiler.calibrate.measure import SiteMeasurements
 from adaattn_compiler.decision import HeadDecision
 from adaattn_compiler.passes.choices import SiteKey
+from adaattn_compiler.policy import LARGEST_BUDGET
 
 # For each site the number of the candidate that each head takes.
 Selection = dict[SiteKey, tuple[int, ...]]
@@ -32,12 +33,14 @@ class Options:
 
 
 def options_of(site: SiteMeasurements, weight: torch.Tensor | None = None) -> Options:
-    """weight: by head, what a squared relative error of 1 would do to the model's output."""
+    """weight: by head, what a squared relative error of 1 would do to the model's output. What is
+    further off than a budget may be at run time is not to be had, whatever it does."""
     error = site.p99().double()
+    seconds = torch.where(error <= LARGEST_BUDGET, site.seconds, float("inf"))
     damage = torch.zeros_like(error)
     if weight is not None:
         damage = torch.stack(site.errors).double().square().mean(0) * weight
-    return Options(site.seconds, error, damage)
+    return Options(seconds, error, damage)
 
 
 def within(options: Options, limit: float) -> tuple[int, ...]:

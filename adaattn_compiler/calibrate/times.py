@@ -8,22 +8,18 @@ and skipping, where each head leaves out what its scores allow.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from adaattn_compiler.decision import HeadDecision
+from adaattn_compiler.kernels.timing import Way, least_seconds
 
-# Calls that are timed: at least so many of each, more while they take no longer than this together.
-_ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 30, 2.0
-# At each site by itself.
+# Calls that are timed at each site by itself, at least so many of each, and for so long.
 _OWN_ROUNDS, _OWN_SECONDS = 2, 0.5
 # Of its time without skipping a head takes at least so much: counts say little at the ends.
 _LEAST_SHARE = 0.1
-
-Way = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -79,22 +75,3 @@ def _by_head(
     if saved == 0.0 or not bool(share.any()):
         return (together[candidate] / heads,) * heads
     return tuple((whole / heads - saved * share).clamp(min=_LEAST_SHARE * whole / heads).tolist())
-
-
-def least_seconds(
-    ways: Sequence[Way], rounds: int = _ROUNDS, seconds: float = _SECONDS
-) -> list[float]:
-    """The least that each takes, called in turns: other processes only ever make calls slower. The
-    first calls make lists, and are not counted."""
-    least = [float("inf")] * len(ways)
-    begun = time.perf_counter()
-    for turn in range(_MOST_ROUNDS + 1):
-        if turn > rounds and time.perf_counter() - begun > seconds:
-            break
-        order = range(len(ways)) if turn % 2 else reversed(range(len(ways)))
-        for i in order:  # there and back: what a way leaves behind disturbs the next
-            begin = time.perf_counter()
-            ways[i]()
-            if turn:
-                least[i] = min(least[i], time.perf_counter() - begin)
-    return least

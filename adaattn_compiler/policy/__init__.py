@@ -7,6 +7,7 @@ policy.replaced("layers.0.self_attn", head=2, decision=EXACT).save("policy.json"
 
 from adaattn_compiler.policy.error import PolicyError
 from adaattn_compiler.policy.parts import (
+    LARGEST_BUDGET,
     Budget,
     Envelope,
     FrozenMap,
@@ -19,6 +20,7 @@ from adaattn_compiler.policy.parts import (
 from adaattn_compiler.policy.policy import Policy, schema
 
 __all__ = [
+    "LARGEST_BUDGET",
     "Budget",
     "Envelope",
     "FrozenMap",

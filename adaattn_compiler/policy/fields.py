@@ -22,6 +22,8 @@ from adaattn_compiler.decision import (
 from adaattn_compiler.policy.composites import Field, ListOf, Made, MapOf, Record
 from adaattn_compiler.policy.forms import LARGEST, Form, Integer, Number, OneOf, Switch, Text
 from adaattn_compiler.policy.parts import (
+    HEAD_BUDGET,
+    LARGEST_BUDGET,
     Budget,
     Envelope,
     MeasuredError,
@@ -48,6 +50,7 @@ _DATE = Text(
     'a date as "2026-01-31" or "2026-01-31T12:00:00Z"',
 )
 _ERROR = Number("a relative error, 0 or more", minimum=0)
+_HEAD_BUDGET = Number(HEAD_BUDGET, minimum=0, maximum=LARGEST_BUDGET)
 _SECONDS = Number("seconds, 0 or more", minimum=0)
 _FINITE = Number(f"a finite number of at most {LARGEST:g}")
 _COUNT = Integer(1, _SIZE)
@@ -153,7 +156,9 @@ _HEAD = Record(
     _head,
     {
         **_DECISION,
-        "budget": Field(_ERROR, "relative L2 error of its output that is allowed at run time"),
+        "budget": Field(
+            _HEAD_BUDGET, "relative L2 error of its output that is allowed at run time"
+        ),
         "error": Field(_MEASURED, "what was measured of this decision", optional=True),
     },
     parts=_head_parts,
@@ -214,6 +219,11 @@ _SITE = Record(
             "what heads do when computed exactly, by name; decides nothing",
             optional=True,
         ),
+        "computes": Field(
+            MapOf(_WORDS, _WORDS),
+            "what spec stands for, in words by name: mask, score, ...; decides nothing",
+            optional=True,
+        ),
         "weights": Field(
             _FINGERPRINT,
             "fingerprint of the module's parameters; not given: they are not looked at",
@@ -226,7 +236,10 @@ _BUDGET = Record(
     Budget,
     {
         "kind": Field(_same(*BUDGETS), "what is limited"),
-        "value": Field(Number("0 or more", minimum=0), "the limit"),
+        "value": Field(
+            Number("a share from 0 to 1 (write 5% as 0.05)", minimum=0, maximum=LARGEST_BUDGET),
+            "the limit",
+        ),
     },
 )
 _PROVENANCE = Record(

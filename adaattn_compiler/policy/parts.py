@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from adaattn_compiler.decision import HeadDecision, SiteDecision
-from adaattn_compiler.policy.error import PolicyError
+from adaattn_compiler.policy.error import PolicyError, shown
 
 T = TypeVar("T")
+
+# The largest error that may be allowed: that of an output of zeros, relative to the true one. A
+# larger budget would hold nothing to anything, and is likely to be a percentage.
+LARGEST_BUDGET = 1.0
+HEAD_BUDGET = "a relative error from 0 to 1 (write 5% as 0.05)"
 
 
 class FrozenMap(Mapping[str, T]):
@@ -101,7 +106,8 @@ class SitePolicy:
     error: for each head what was measured in calibration; None where this decision was not.
     seconds: None where not known. weights: fingerprint of the parameters of the module and those in
     it; None where it has none, or that is not to be checked. statistics: what each head does when
-    it is computed exactly, by name (docs/statistics.md): nothing is decided by them.
+    it is computed exactly, by name (docs/statistics.md): nothing is decided by them. computes: what
+    `spec` stands for, in words by name (spec_in_words.py), to say how another site differs.
     """
 
     name: str
@@ -119,10 +125,17 @@ class SitePolicy:
     training: bool = False
     weights: str | None = None
     statistics: Mapping[str, tuple[float, ...]] | None = None
+    computes: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.statistics is not None:
             object.__setattr__(self, "statistics", FrozenMap(self.statistics))
+        if self.computes is not None:
+            object.__setattr__(self, "computes", FrozenMap(self.computes))
+        for head, budget in enumerate(self.budget):
+            if not 0 <= budget <= LARGEST_BUDGET:
+                reason = f"is {shown(budget)}; it must be {HEAD_BUDGET}"
+                raise PolicyError(("heads", head, "budget"), reason)
         for what in ("budget", "error"):
             if len(getattr(self, what)) != self.heads:
                 raise PolicyError((what,), f"has {len(getattr(self, what))} {self._per_head}")
@@ -205,10 +218,12 @@ class SitePolicy:
         dtype: str,
         training: bool,
         weights: str | None = None,
+        computes: Mapping[str, str] | None = None,
+        lengths: tuple[int, int] | None = None,
     ) -> str | None:
-        """Why this is not for a site that is so; None where it is."""
+        """Why this is not for a site that is so; None where it is. computes: what its spec stands
+        for; lengths: of queries and keys as seen; both only to say how another spec differs."""
         present: dict[str, Any] = {
-            "spec": spec,
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": head_dim,
@@ -218,6 +233,8 @@ class SitePolicy:
         }
         if training and not self.training:
             return "gradients are on; the policy is for inference (use torch.no_grad())"
+        if spec != self.spec:
+            return self._computes_otherwise(spec, computes or {}, lengths)
         for what, value in present.items():
             calibrated = getattr(self, what)
             if calibrated != value:
@@ -225,6 +242,40 @@ class SitePolicy:
         if self.weights is not None and weights != self.weights:
             return "the policy was calibrated for other weights of this module"
         return None
+
+    def _computes_otherwise(
+        self, spec: str, computes: Mapping[str, str], lengths: tuple[int, int] | None
+    ) -> str:
+        """How another spec differs. A file of before, or of another hand, has a key and no words:
+        then what is here."""
+        if self.computes is None:
+            words = [f"{what} is {here}" for what, here in computes.items()]
+            intro = "another attention, which its file does not describe"
+        else:
+            words = [
+                f"{what} is {here}, was {was}"
+                for what, here in computes.items()
+                if here != (was := self.computes.get(what, "not described"))
+            ]
+            intro = "another attention"
+        words += self._other_lengths(lengths)
+        here = f": here {'; '.join(words)}" if words else ""
+        return (
+            f"the policy was calibrated for {intro} (spec {self.spec}, here {spec}){here}; "
+            "calibrate on inputs such as these, or leave it exact"
+        )
+
+    def _other_lengths(self, lengths: tuple[int, int] | None) -> list[str]:
+        seen = zip(("query", "key"), lengths or (), self._lengths, strict=False)
+        return [
+            f"{what} length is {length}, was from {known.low:g} to {known.high:g}"
+            for what, length, known in seen
+            if length not in known
+        ]
+
+    @property
+    def _lengths(self) -> tuple[Range, Range]:
+        return self.envelope.rows, self.envelope.columns
 
 
 @dataclass(frozen=True)

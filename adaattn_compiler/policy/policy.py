@@ -89,10 +89,12 @@ class Policy:
 
     def key(self) -> str:
         """A short stable name for all that changes what is computed: sites, decisions, envelopes
-        and budgets; not for what was measured, when or where."""
+        and budgets; not for what was measured, when or where, or is said in words."""
         sites = sorted(self.sites, key=lambda site: (site.name, site.ordinal))
         bare = [
-            dataclasses.replace(s, error=(None,) * s.heads, seconds=None, statistics=None)
+            dataclasses.replace(
+                s, error=(None,) * s.heads, seconds=None, statistics=None, computes=None
+            )
             for s in sites
         ]
         content = POLICY_FIELDS["sites"].form.write(bare)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from adaattn_compiler.decision import describe_head
-from adaattn_compiler.policy.parts import SitePolicy
+from adaattn_compiler.policy.parts import MeasuredError, SitePolicy
 
 _TITLES = ("site", "heads", "decision", "mean error", "p99 error", "budget")
 
 
 def table(sites: Sequence[SitePolicy]) -> list[str]:
-    """Lines in aligned columns; of heads that share one the largest error, the smallest budget."""
+    """Lines in aligned columns; of heads that share one, errors and budget of the head that is
+    nearest to its own budget, or furthest over it (of several, of the largest error)."""
     rows = [_TITLES, *(row for site in sites for row in _rows(site))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -27,16 +29,26 @@ def _rows(site: SitePolicy) -> list[tuple[str, ...]]:
             next(labels),
             str(heads[0]) if len(heads) == 1 else f"{heads[0]}-{heads[-1]}",
             describe_head(decision),
-            *_errors(site, heads),
-            f"{min(site.budget[i] for i in heads):.3g}",
+            *_error_and_budget(site, heads),
         )
         for decision, heads in groups
     ]
 
 
-def _errors(site: SitePolicy, heads: list[int]) -> tuple[str, str]:
-    """The largest of the heads; "-" where one of them was not measured."""
-    measured = [error for i in heads if (error := site.error[i]) is not None]
-    if len(measured) < len(heads):
-        return "-", "-"
-    return f"{max(e.mean for e in measured):.3g}", f"{max(e.p99 for e in measured):.3g}"
+def _error_and_budget(site: SitePolicy, heads: list[int]) -> tuple[str, str, str]:
+    """Of one head, as one's error beside another's budget would say what is true of neither. Where
+    a head was not measured: no error, and the smallest budget."""
+    if any(site.error[i] is None for i in heads):
+        return "-", "-", f"{min(site.budget[i] for i in heads):.3g}"
+    error, budget = max(
+        ((error, site.budget[i]) for i in heads if (error := site.error[i]) is not None),
+        key=lambda pair: (_share(*pair), pair[0].p99),
+    )
+    return f"{error.mean:.3g}", f"{error.p99:.3g}", f"{budget:.3g}"
+
+
+def _share(error: MeasuredError, budget: float) -> float:
+    """Of its budget that an error uses."""
+    if budget == 0.0:
+        return math.inf if error.p99 else 0.0
+    return error.p99 / budget

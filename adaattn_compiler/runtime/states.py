@@ -63,6 +63,12 @@ class States:
                 states[key] = new_state(heads, device, key.form)
             return states[key]
 
+    def known(self, owner: torch.Tensor, key: StateKey) -> torch.Tensor | None:
+        """A site's state where it has one: nothing is made."""
+        with self._lock:
+            states: dict[StateKey, torch.Tensor] = self._found.get(owner, {})
+            return states.get(key)
+
     def of_model(self, parameters: Iterable[torch.Tensor]) -> list[tuple[StateKey, torch.Tensor]]:
         """All states that belong to any of these parameters."""
         with self._lock:

@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from adaattn_compiler.kernels.online import MOST_TRIALS, OnlinePlan
 from adaattn_compiler.kernels.online_stats import OnlineStats
 from adaattn_compiler.options import parse_options
 from adaattn_compiler.policy import Policy
-from adaattn_compiler.runtime.state import new_state
+from adaattn_compiler.runtime.state import Column, new_state
 from adaattn_compiler.runtime.states import STATES
+from adaattn_compiler.said import warn_once
 
 CALLS = 3
 PROVIDED = Policy((), PROVENANCE)
@@ -32,7 +34,7 @@ def _twice_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _seconds(share: float) -> Callable[..., list[float]]:
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         for way in ways:
             way()
         return [1.0, *[share] * (len(ways) - 1)]
@@ -54,7 +56,7 @@ def run(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def exact(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     torch.compiler.reset()
-    out = run(compiled(model, mode=None, online_calls=None, online_budget=None), x)
+    out = run(compiled(model, mode=None, online_calls=None), x)
     torch.compiler.reset()
     return out
 
@@ -133,7 +135,7 @@ def test_what_is_not_faster_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_choice_that_is_slower_with_its_guards_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         return _seconds(0.5 if len(ways) > 2 else 1.1)(ways)  # candidates; the whole choice
 
     monkeypatch.setattr(online_runner, "least_seconds", seconds)
@@ -149,7 +151,7 @@ def test_a_choice_that_is_slower_with_its_guards_is_not_taken(
 def test_a_choice_that_was_not_faster_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     share = 1.1
 
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         return _seconds(0.5 if len(ways) > 2 else share)(ways)
 
     monkeypatch.setattr(online_runner, "least_seconds", seconds)
@@ -171,7 +173,7 @@ def test_a_choice_that_was_not_faster_once_is_tried_again(monkeypatch: pytest.Mo
 def test_trials_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = 0
 
-    def seconds(ways: Sequence[Callable[[], object]], *_: float) -> list[float]:
+    def seconds(ways: Sequence[Callable[[], object]], *_: float, **__: bool) -> list[float]:
         nonlocal trials
         trials += len(ways) == 2
         return _seconds(0.5 if len(ways) > 2 else 1.1)(ways)
@@ -333,6 +335,30 @@ def test_training_is_exact_and_says_so() -> None:
     (site,) = adaattn_compiler.explain(model, x, options=options).sites
     assert site.decision == "exact"
     assert "a gradient is wanted" in (site.refused or "")
+    for remedy in ("torch.no_grad()", "torch.inference_mode()", "train it without them"):
+        assert remedy in (site.refused or "")
+
+
+def test_dropout_is_refused_with_its_remedy() -> None:
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+    options = {"mode": "online", "measure": False}
+    qkv = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    (site,) = adaattn_compiler.explain(attention, *qkv, options=options).sites
+    assert "dropout is on here: call model.eval() first" in (site.refused or "")
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_both_remedies_for_a_gradient_are_ones(
+    context: Callable[[], AbstractContextManager[None]],
+) -> None:
+    model = stack(depth=1)
+    fast = compiled(model)
+    for seed in range(CALLS + 1):
+        with context():
+            fast(inputs(seed=seed))
+    assert online(model).decisions is not None
 
 
 def test_explain_says_how_long_it_gathers() -> None:
@@ -342,6 +368,50 @@ def test_explain_says_how_long_it_gathers() -> None:
     (site,) = found.sites
     assert site.decision == "online: gathers for 5 calls"
     assert "within 0.01" in (site.why or "")
+
+
+def explained(model: torch.nn.Module, **options: object) -> list[str | None]:
+    given = {"measure": False, "kernels": "cpp", "mode": "online", "online_calls": CALLS, **options}
+    with torch.no_grad():
+        found = adaattn_compiler.explain(model, inputs(), options=given)
+    for site in found.sites:
+        assert str(site.decision) in str(found)
+    return [site.decision for site in found.sites]
+
+
+def test_explain_says_what_is_gathered_and_decided_by_now() -> None:
+    model = stack(depth=2, slopes=(1.0, 0.0))
+    fast = compiled(model)
+    run(fast, inputs())
+    assert explained(model) == [f"online: gathering, 1 of {CALLS} calls"] * 2
+    assert explained(model) == [f"online: gathering, 1 of {CALLS} calls"] * 2  # it does not gather
+    for seed in range(1, CALLS):
+        run(fast, inputs(seed=seed))
+    known = [f"online: {site.online}" for site in adaattn_compiler.stats(model).sites]
+    assert explained(model) == known
+    assert "online: decided after 3 calls: 1 x window" in known[0]
+    # Of another model, or by another budget, nothing is known.
+    assert explained(stack(depth=1)) == [f"online: gathers for {CALLS} calls"]
+    assert explained(model, online_budget=0.5) == [f"online: gathers for {CALLS} calls"] * 2
+    assert run(fast, inputs(seed=9)) is not None
+    assert [f"online: {site.online}" for site in adaattn_compiler.stats(model).sites] == known
+
+
+def test_explain_says_why_a_site_decided_to_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online_runner, "least_seconds", _seconds(0.97))
+    model = stack(depth=1)
+    gathered(model)
+    why = "nothing within the budget is faster"
+    assert explained(model) == [f"online: decided after {CALLS} calls: 2 x exact ({why})"]
+
+
+def test_explain_says_how_many_heads_are_demoted() -> None:
+    model = stack(depth=1)
+    gathered(model)
+    ((_, state),) = STATES.of_model(model.parameters())
+    state[1, Column.DEMOTED] = 1
+    (said,) = explained(model)
+    assert (said or "").endswith("; 1 demoted since, exact")
 
 
 def test_where_another_exact_kernel_is_faster_it_stays() -> None:
@@ -408,20 +478,42 @@ def test_every_candidate_is_tried_often_enough(calls: int) -> None:
     [
         ({"mode": "onlin"}, "option mode='onlin': it must be 'online', or None"),
         ({"mode": True}, "option mode=True: it must be 'online'"),
-        ({"online_budget": 0}, "option online_budget=0: .*above 0, below 1"),
-        ({"online_budget": 1.0}, r"option online_budget=1\.0: .*above 0, below 1"),
+        ({"online_budget": 0}, "option online_budget=0: .*above 0, at most 1"),
+        ({"online_budget": 5}, "option online_budget=5: .*at most 1 .write 5% as 0.05.*"),
         ({"online_budget": True}, "option online_budget=True"),
         ({"online_budget": float("nan")}, "option online_budget=nan"),
         ({"online_calls": 0}, "option online_calls=0: .*from 1 to 65536"),
         ({"online_calls": 2.5}, r"option online_calls=2\.5: .*a number of calls"),
         ({"mode": "online", "heuristic": "sead"}, "option heuristic='sead': it must be 'seed'"),
         ({"heuristic": "seed"}, "heuristic='seed': it does nothing without mode='online'"),
+        ({"online_calls": 4}, "option online_calls=4: it does nothing without mode='online'"),
+        ({"online_budget": 0.1}, r"online_budget=0\.1: it does nothing .*or leave this out"),
+        ({"online_budget": 0.1, "policy": PROVIDED}, "without mode='online'"),
+        ({"audit_rows": 0}, "audit_rows=0: it does nothing without a policy or mode='online'"),
         ({"mode": "online", "policy": PROVIDED}, "policy and mode='online': .*leave one out"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_options(options)
+
+
+def test_options_that_have_an_effect_are_taken() -> None:
+    assert parse_options({"mode": "online", "online_budget": 0.1})[0].online_budget == 0.1
+    assert parse_options({"mode": "online", "online_budget": 1})[0].online_budget == 1.0
+    assert parse_options({"policy": PROVIDED, "audit_rows": 4})[0].audit_rows == 4
+
+
+def test_what_does_nothing_in_the_environment_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    monkeypatch.setenv("ADAATTN_ONLINE_BUDGET", "0.03")
+    for _ in range(2):  # the variable may be for another compilation than this
+        assert parse_options({"policy": PROVIDED})[0].mode is None
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "ADAATTN_ONLINE_BUDGET in the environment: it does nothing without mode=" in message
+    assert parse_options({"mode": "online"})[0].online_budget == 0.03
 
 
 def test_options_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

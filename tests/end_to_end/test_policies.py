@@ -80,6 +80,27 @@ def test_the_guard_stands_in_the_graph(tmp_path) -> None:
     check.check_not("adaattn.attention(").run(after.read_text())
 
 
+class Decoding(torch.nn.Module):
+    """The last rows of causal attention."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows, columns = q.shape[2], k.shape[2]
+        mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def test_a_step_of_generation_is_refused_in_words() -> None:
+    q, k, v = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    policy, options = policy_for(Seen(Decoding(), q, k, v)), {"measure": False}
+    with torch.no_grad():
+        found = adaattn_compiler.explain(
+            Decoding(), q[:, :, -1:], k, v, options={**options, "policy": policy}
+        )
+    says = found.sites[0].refused or ""
+    assert ": here mask is none, was causal; query length is 1, was from 128 to 256; " in says
+    assert says in str(found)
+
+
 @pytest.mark.parametrize("shift", ["larger", "one-hot", "all alike"])
 def test_inputs_of_another_kind_are_computed_exactly(shift: str) -> None:
     model, x = stack(depth=1), inputs()

@@ -84,7 +84,7 @@ def model_and_policy(causal: bool = True, **given: Any) -> tuple[torch.nn.Module
     model = Model(causal).eval()
     paths = PATHS if causal else BIDIRECTIONAL
     seen = Seen(model, inputs(width=WIDTH, rows=ROWS))
-    return model, policy_for(seen, tuple(paths.values()), budget=1e9, **given)
+    return model, policy_for(seen, tuple(paths.values()), budget=1.0, **given)
 
 
 def compiled(model: torch.nn.Module, policy: Policy | None) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from adaattn_compiler.kernels.problem import Problem
 from adaattn_compiler.options import Options
 from adaattn_compiler.passes.choices import SiteKey
 from adaattn_compiler.policy import Budget, Envelope, Policy, Provenance, Range, SitePolicy
+from adaattn_compiler.spec_in_words import spec_in_words
 
 WINDOW = HeadDecision(pattern=Pattern(64))
 BF16 = HeadDecision(scores=Precision.BF16, values=Precision.BF16)
@@ -122,6 +123,7 @@ def policy_for(
                 (budget,) * shape.heads,
                 (None,) * shape.heads,
                 weights=seen.board.weights[key],
+                computes=spec_in_words(problem.spec),
             )
         )
     return Policy(tuple(sites), PROVENANCE)

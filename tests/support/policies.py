@@ -83,6 +83,7 @@ def _counts(most: int = 2**31 - 1) -> st.SearchStrategy[int]:
 
 _finite = st.floats(-1e300, 1e300)
 _errors = st.floats(0, 1e300)
+_budgets = st.floats(0, 1)
 _words = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 _patterns = st.builds(
     Pattern, _counts(), _counts(), st.lists(_counts(), max_size=4).map(tuple), _counts()
@@ -148,10 +149,11 @@ def _sites(draw: st.DrawFn, name: str, ordinal: int) -> SitePolicy:
             draw(_ranges(_counts())),
             draw(st.dictionaries(_words, ranges, max_size=3)),
         ),
-        budget=tuple(draw(st.lists(_errors, **per_head))),
+        budget=tuple(draw(st.lists(_budgets, **per_head))),
         error=tuple(draw(st.lists(measured, **per_head))),
         seconds=draw(st.none() | st.builds(Seconds, _errors, _errors, st.booleans())),
         training=draw(st.booleans()),
+        computes=draw(st.none() | st.dictionaries(_words, _words, max_size=3)),
     )
 
 
@@ -167,7 +169,7 @@ _provenances = st.builds(
     created=st.datetimes().map(lambda when: when.replace(microsecond=0).isoformat()),
     seed=st.integers(0, 2**64 - 1),
     budget=st.builds(
-        Budget, st.sampled_from(("budget", "output_budget", "max_perplexity_change")), _errors
+        Budget, st.sampled_from(("budget", "output_budget", "max_perplexity_change")), _budgets
     ),
     results=st.dictionaries(_words, _finite, max_size=2),
 )
