@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,10 @@ from specs import oracle
 
 from adaattn_compiler.kernels.flex import FlexKernel
 from adaattn_compiler.kernels.flex_inductor import FlexVariant
+from adaattn_compiler.kernels.triton.compile import Compiled, compiled_forward
+from adaattn_compiler.kernels.triton.disassembly import product_loops
+from adaattn_compiler.kernels.triton.plan import configuration_of, tiles_for
+from adaattn_compiler.target import target_named
 
 # What of a spec shows in the kernel.
 CASES = {
@@ -76,6 +82,35 @@ def test_kernel_compiles(name: str, code: Callable[[str], Written]) -> None:
     compiled = code(name).compiled(90)
     for instruction in ("wgmma", "cp.async"):
         assert instruction in compiled.ptx
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "window", "softcap"])
+def test_generated_kernel_takes_fewer_instructions_for_a_score(name: str, head_dim: int) -> None:
+    """Beside what torch's template takes with its own tiles, in whole blocks and in others."""
+    problem = problem_on_a_gpu(name, 4096)
+    shape = dataclasses.replace(problem.shape, head_dim=head_dim, value_dim=head_dim)
+    problem = dataclasses.replace(problem, shape=shape)
+    written = flex_code(problem)
+    sizes = [
+        int(re.findall(rf"BLOCK_{axis} : tl.constexpr = (\d+)", written.kernel)[0]) for axis in "MN"
+    ]
+    flex = for_a_score(written.compiled(90), *sizes, written.warps)
+    tiles = tiles_for(problem, target_named("sm_90"))[0]
+    switches = {"has_lse": False, "has_statistics": False, "ragged": False}
+    dims = (head_dim, head_dim)
+    made_for = configuration_of(problem)
+    compiled = compiled_forward(made_for, "bfloat16", dims, tiles, 90, **switches)
+    ours = for_a_score(compiled, tiles.rows, tiles.keys, tiles.warps)
+    # Torch's template meets those that are cut first.
+    print(f"{name} D {head_dim}: {ours} of whole and cut blocks, of torch's template {flex[::-1]}")
+    assert ours[0] < 0.9 * flex[1]
+    assert ours[1] < 1.1 * flex[0]
+
+
+def for_a_score(built: Compiled, rows: int, keys: int, warps: int) -> list[float]:
+    scores = rows * keys / (32 * warps)
+    return [round(loop.count / scores, 1) for loop in product_loops(built.cubin)]
 
 
 def test_lengths_of_whole_blocks_are_not_checked() -> None:

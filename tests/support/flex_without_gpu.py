@@ -50,11 +50,19 @@ class Written:
         ((_, text),) = _KERNEL.findall(self.code)
         return str(text)
 
-    def compiled(self, capability: int) -> Compiled:
-        """The kernel, compiled as Inductor would."""
+    @property
+    def warps(self) -> int:
+        (how,) = self._tuner().configs
+        return int(how.num_warps)
+
+    def _tuner(self) -> Any:
         ((name, text),) = _KERNEL.findall(self.code)
         with _gpu():
-            tuner: Any = getattr(PyCodeCache.load(text), name)
+            return getattr(PyCodeCache.load(text), name)
+
+    def compiled(self, capability: int) -> Compiled:
+        """The kernel, compiled as Inductor would."""
+        tuner = self._tuner()
         meta, (how,) = tuner.triton_meta, tuner.configs
         (aligned,) = meta["configs"]
         return built_for(
