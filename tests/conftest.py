@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
+import pauses
 import pytest
 import torch
 
@@ -24,6 +25,10 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.compiler.reset()
+
+
+def pytest_collection_finish() -> None:
+    pauses.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,7 +60,7 @@ def _mark_further_cases(items: list[pytest.Item]) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """The `no_cover` of pytest-cov 7 stops one of two tracers that a process of xdist has."""
     tracer = sys.gettrace()
-    pause = item.get_closest_marker("untraced") and type(tracer).__module__.startswith("coverage")
+    pause = item.get_closest_marker("untraced") and pauses.is_coverage(tracer)
     if pause:
         sys.settrace(None)
     try:

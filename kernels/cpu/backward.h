@@ -153,7 +153,7 @@ struct BackwardMemory {
       for (int64_t row = 0; row < length_of_block(call.rows, block); ++row) {
         const int64_t at = item * kBlock + row, q = block * kBlock + row;
         const float sink = sink_of(call, batch, head, q);
-        const float weight = std::exp(sink - largest.get()[at]) * inverse.get()[at];
+        const float weight = exp_of(sink - largest.get()[at]) * inverse.get()[at];
         sink_gradient(backward, batch, head, q, -weight * delta.get()[at]);
       }
     }

@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include <mutex>
-
 #include "attention.h"
 
 // Columns of a state (runtime/state.py), a row for each head.
@@ -120,7 +118,7 @@ class Decided {
   // One row of each of so many equal parts, another one with each call (kernels/audit.py).
   int64_t row_of_part(int64_t part, int64_t parts) const {
     double share = given_.state[kCalls] * 0.6180339887498949;
-    share -= std::floor(share);
+    share -= floor_of(share);
     return int64_t((double(part) + share) * double(call_.rows) / double(parts));
   }
 
@@ -160,7 +158,7 @@ class Decided {
   }
 
   static double error_of(double wrong, double whole) {
-    return std::sqrt(wrong / (whole < kLeastSum ? kLeastSum : whole));
+    return root_of(wrong / (whole < kLeastSum ? kLeastSum : whole));
   }
 
   // Whether a head that was audited is off, as its flag says from now on.
@@ -185,8 +183,7 @@ class Decided {
 
   // Counts, moving averages, demotions. Errors count of what was as decided at first.
   void note() {
-    static std::mutex mutex;
-    const std::lock_guard<std::mutex> lock(mutex);
+#pragma omp critical(adaattn_note)
     for (int64_t head = 0; head < call_.heads; ++head) {
       double* state = given_.state + head * kStateColumns;
       double wrong = 0, whole = 0;
@@ -221,7 +218,7 @@ class Decided {
   static double surely_wrong(const double* state) {
     const double counted = state[kAudits] < kMostCounted ? state[kAudits] : kMostCounted;
     const double variance = state[kSquare] - state[kWrong] * state[kWrong];
-    const double least = state[kWrong] - kSure * std::sqrt((variance > 0 ? variance : 0) / counted);
+    const double least = state[kWrong] - kSure * root_of((variance > 0 ? variance : 0) / counted);
     return least < 0 ? 0 : least;
   }
 

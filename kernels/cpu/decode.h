@@ -263,7 +263,7 @@ static void join(const Call& call, int64_t batch, int64_t head, int64_t row, con
   float out[rounded_up(kValueDim, kLanes)] = {};
   for (int64_t share = 0; share < shares && largest != -kInfinity; ++share) {
     const Part& part = parts[share * stride];
-    const float scale = part.largest == -kInfinity ? 0.0f : std::exp(part.largest - largest);
+    const float scale = part.largest == -kInfinity ? 0.0f : exp_of(part.largest - largest);
     sum += scale * part.sum;
     for (int e = 0; e < kValueDim; ++e) out[e] += scale * part.out[e];
   }

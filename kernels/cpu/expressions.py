@@ -79,7 +79,7 @@ class Row(Printer):
     def quotient(self, numerator: str, denominator: str, whole: bool) -> str:
         if whole:
             return f"floor_divide({numerator}, {denominator})"
-        return f"std::floor(float({numerator}) / float({denominator}))"
+        return f"floor_of(float({numerator}) / float({denominator}))"
 
     def reciprocal(self, text: str) -> str:
         return f"(1.0f / {text})"

@@ -78,8 +78,8 @@ static inline float with_sink(const Call& call, int64_t batch, int64_t head, int
 #if ADAATTN_HAS_SINK
   const float sink = sink_of(call, batch, head, row);
   const float both = largest > sink ? largest : sink;
-  scale = largest == -kInfinity ? 0.0f : std::exp(largest - both);
-  sum = sum * scale + (sink == -kInfinity ? 0.0f : std::exp(sink - both));
+  scale = largest == -kInfinity ? 0.0f : exp_of(largest - both);
+  sum = sum * scale + (sink == -kInfinity ? 0.0f : exp_of(sink - both));
   largest = both;
 #endif
   return scale;
@@ -90,9 +90,9 @@ static void join_row(const Call& call, float lse, int64_t place, float factor, c
                      Number* to) {
   const float before = call.lse[place], both = lse > before ? lse : before;
   if (lse == -kInfinity) return;
-  const float old_part = before == -kInfinity ? 0.0f : std::exp(before - both);
-  const float new_part = std::exp(lse - both), whole = old_part + new_part;
-  call.lse[place] = both + std::log(whole);
+  const float old_part = before == -kInfinity ? 0.0f : exp_of(before - both);
+  const float new_part = exp_of(lse - both), whole = old_part + new_part;
+  call.lse[place] = both + log_of(whole);
   const float keep = old_part / whole, add = new_part / whole * factor;
   for (int e = 0; e < kValueDim; ++e) {
     const float old = before == -kInfinity ? 0.0f : to_float(to[e]) * keep;  // `out` may be NaN there
@@ -106,7 +106,7 @@ static void finish_row(const Call& call, int64_t batch, int64_t head, int64_t ro
   const float scale = with_sink(call, batch, head, row, largest, sum);
   const int64_t place = (batch * call.heads + head) * call.rows + row;
   const bool wants_lse = call.lse && largest != -kInfinity;
-  const float lse = wants_lse ? largest + std::log(sum) : -kInfinity;
+  const float lse = wants_lse ? largest + log_of(sum) : -kInfinity;
   if (call.statistics) {
     call.statistics[2 * place] = largest;
     call.statistics[2 * place + 1] = sum;

@@ -35,7 +35,7 @@ static void measure(const Tensor& tensor, int64_t batch, int64_t head, int64_t r
   Floats of_mean = {};
   for (const Floats& sum : sums) of_mean += sum * sum;
   const float mean_square = sum_of(squares) / float(count * kDim);
-  found[0] = std::sqrt(mean_square);
+  found[0] = root_of(mean_square);
   found[1] = largest_of(largest);
   const float least = mean_square > 1e-30f ? mean_square : 1e-30f;
   found[2] = sum_of(of_mean) / (float(count) * float(count) * kDim) / least;

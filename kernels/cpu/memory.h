@@ -3,16 +3,30 @@
 #pragma once
 
 #include <cstdlib>
-#include <memory>
+#include <utility>
 
 #include "call.h"
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
+// As std::unique_ptr, whose header takes a twentieth of a build.
 template <typename Item>
-using Buffer = std::unique_ptr<Item[], Free>;
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(Item* items) : items_(items) {}
+  Buffer(Buffer&& other) : items_(other.items_) { other.items_ = nullptr; }
+  Buffer& operator=(Buffer&& other) {
+    std::swap(items_, other.items_);
+    return *this;
+  }
+  ~Buffer() { std::free(items_); }
+
+  Item* get() const { return items_; }
+  Item& operator[](int64_t at) const { return items_[at]; }
+  explicit operator bool() const { return items_; }
+
+ private:
+  Item* items_ = nullptr;
+};
 
 // Room for `count` items (and 64 bytes, so that a vector may be read across the end), null where
 // there is no memory.

@@ -48,7 +48,7 @@ struct Panels {
     for (int64_t i = 0; i < call.batch * heads; ++i)
       places[i] = wanted(i / heads, i % heads) ? count++ : -1;
     words = buffer_of<Word>(count * blocks * kBlockWords);
-    return words != nullptr;
+    return bool(words);
   }
 
   // A block of the i-th of [batch, key head], null where that is not there.

@@ -88,12 +88,12 @@ static inline Screened screen_row(const Number* row, float step, Forms forms, in
     const Bytes packed = __builtin_convertvector(__builtin_convertvector(n, Ints), Bytes);
     std::memcpy(bytes + d, &packed, sizeof packed);
   }
-  Screened found = {0, 0, std::sqrt(sum_of(wholes)) * step};
+  Screened found = {0, 0, root_of(sum_of(wholes)) * step};
   for (int form = 0; form < 2; ++form) {
     if (!(form == 0 ? forms.floats : forms.pairs)) continue;
     // The last for what rounding did to multiples of up to 127, of each element.
-    const float error = std::sqrt(sum_of(errors[form])) + 127.0f * 2.4e-7f * kRootOfDim;
-    const float norm = std::sqrt(sum_of(squares[form]));
+    const float error = root_of(sum_of(errors[form])) + 127.0f * 2.4e-7f * kRootOfDim;
+    const float norm = root_of(sum_of(squares[form]));
     found.error = found.error > error * step ? found.error : error * step;
     found.norm = found.norm > norm * step ? found.norm : norm * step;
   }

@@ -52,7 +52,7 @@ static inline float weigh_below(float largest, RowState& state, const float* sco
       store_rounded(weights + key, Floats{});
     return 1.0f;
   }
-  const float scale = state.largest == -kInfinity ? 0.0f : std::exp(state.largest - largest);
+  const float scale = state.largest == -kInfinity ? 0.0f : exp_of(state.largest - largest);
   Floats sum = state.sum * scale;
   for (int64_t block = 0; block < blocks; ++block) {
     for (int lane = 0; lane < kBlock && skipped >> block & 1; lane += kLanes)
