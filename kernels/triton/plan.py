@@ -165,7 +165,7 @@ FEW_ROWS = 16
 _TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
     80: (
         (64, (Tiles(128, 64, 8, 3), Tiles(128, 32, 4, 4), Tiles(64, 64, 4, 3))),
-        (128, (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 2))),
+        (128, (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 2))),
         (256, (Tiles(64, 32, 8, 2),)),
     ),
     90: (
@@ -179,7 +179,7 @@ _ELEMENT_TILES: dict[int, Sequence[tuple[int, tuple[Tiles, ...]]]] = {
     80: (
         (64, (Tiles(128, 32, 8, 2), Tiles(64, 32, 4, 2))),
         (128, (Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 2))),
-        (256, (Tiles(32, 32, 8, 2),)),
+        (256, (Tiles(64, 32, 8, 2),)),
     ),
     90: (
         (64, (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2))),
