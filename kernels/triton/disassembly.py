@@ -1,8 +1,8 @@
 """The loops of a compiled kernel, and what they are made of: what a GPU does all the time.
 
 A multiprocessor of sm_80 or sm_90 issues four instructions in a cycle, each for 32 threads, so that
-what a score takes bounds the time of attention as its products do: on sm_90 those of a head dimension
-of 128 take as long as 16 instructions.
+what a score takes bounds the time of attention as its products do: on sm_90 those of a head
+dimension of 128 take as long as 16 instructions.
 
 By `nvdisasm` of Triton's package (checked with Triton 3.6 and 3.7).
 """

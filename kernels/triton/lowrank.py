@@ -76,7 +76,7 @@ def visit_centroids(
     )
     score += (log_count * (LOG2_E / (UNIT * FOLD)))[None, :]
     return weigh_block(
-        acc, l_i, m_i, t_i, score, v_ptr, stride_vc, 0, centroids, inside, 0.0, False,
+        acc, l_i, m_i, t_i, score, v_ptr, stride_vc, None, centroids, inside, 0.0, False,
         UNIT, PV, LAZY, False, True, VALUE_DIM, BLOCK_E,
     )
     # fmt: on
