@@ -8,8 +8,8 @@ For each query row, over the keys in blocks, with a reference m_i that the score
 
 Exponentials are of base 2: exp(x) = exp2(UNIT * x). Where FOLD is not 1 (source.py), it is that
 factor, and the scale of S if that is the score: UNIT is 1 then, the reference is of scores times
-FOLD, and the difference takes one instruction. Elsewhere differences are taken first, so that what
-is near the largest float stays finite.
+FOLD, and the difference takes one instruction. Elsewhere differences are taken first, so that those
+of large numbers are exact.
 
 LAZY: m stays m_i, and acc is left as it is, until some row of the tile has grown by more than
 LARGEST_GROWTH: the result is the same, as weights, sum and output have one reference, whichever.

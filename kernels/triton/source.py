@@ -14,7 +14,7 @@ import sympy
 from adaattn_compiler.kernels.triton.expressions import Tile
 from adaattn_compiler.kernels.triton.ranges import Interval, key_ranges
 from adaattn_compiler.predicates import describe
-from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S
+from adaattn_compiler.spec import AttentionSpec, EmptyRow, Load, S, param
 
 _FOLDER = Path(__file__).parent
 # The functions that expressions call, with the imports of a generated module.
@@ -137,22 +137,27 @@ def _heading(made_for: Configuration, docstring: str) -> str:
 
 
 _LOG2_E = math.log2(math.e)
-# Of the numbers in a score; no finite one is larger than some 3.4e38.
-_LARGE = 1e30
+# Of the numbers in a score: see `fold`.
+_LARGE = 1e6
 
 
 def fold(spec: AttentionSpec) -> float:
     """What scores are multiplied by where they are compared (softmax.py); 1: nothing.
 
     Products with a number above 0 keep their order, so that the largest score can be multiplied
-    instead of all. Not where a score may be what masks are filled with, close to the largest float:
-    where it reads a tensor, or has such a number in it.
+    instead of all. That product is rounded, while in the difference from it the others are not:
+    what a row's weights are taken from is off by 2^-24 of it, all alike, which is nothing but where
+    a whole row may be filled with a large number. (Of -1e9 it is 18: float16 holds no 2^18. Of
+    -1e30 float32 holds no such power.) So not where a score has such a number in it, or what may be
+    one: where it reads a tensor, or a number of run time.
     """
-    score = spec.score
+    score, scale = spec.score, spec.scale
     if score == S:
-        return spec.scale * _LOG2_E if spec.scale > 0 else 1.0
-    is_large = any(abs(number) > _LARGE for number in score.atoms(sympy.Number))
-    return 1.0 if is_large or score.has(Load) else _LOG2_E
+        return scale * _LOG2_E if 0 < scale < math.inf else 1.0
+    numbers = (*score.atoms(sympy.Number), scale)
+    is_large = not all(abs(number) <= _LARGE for number in numbers)
+    of_a_call = score.has(Load, *(param(i) for i in range(spec.params)))
+    return 1.0 if is_large or of_a_call else _LOG2_E
 
 
 def units(spec: AttentionSpec) -> tuple[float, float]:

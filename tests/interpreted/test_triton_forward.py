@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import sympy
 import torch
@@ -108,6 +109,23 @@ def test_scores_are_folded_where_none_can_be_near_the_largest_float() -> None:
         assert fold(SPECS[name][0]) == 1
     for scale in (0.0, -0.3):  # the largest score is not that of the largest product
         assert fold(AttentionSpec(scale)) == 1
+    filled = Where(sympy.Ge(q - k, 0), S, param(0))
+    assert fold(AttentionSpec(0.3, filled, params=1)) == 1  # by what is known in the call only
+
+
+@pytest.mark.parametrize("number", [-1e4, -1e6, -1e7, -1e9, -1e10, -1e30])
+def test_filled_rows_keep_their_weights_where_products_are_not_rounded(number: float) -> None:
+    # As compiled: the product in `score * FOLD - m_safe` has all its digits.
+    fold_ = np.float32(fold(AttentionSpec(0.3, Where(sympy.Ge(q, 10), S, sympy.Float(number)))))
+    m_safe = np.float32(np.float32(number) * fold_)
+    x = np.float64(np.float32(number)) * np.float64(fold_) - np.float64(m_safe)
+    assert 2.0 ** abs(x) < 1.1
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+def test_scales_may_be_no_numbers(scale: float) -> None:
+    problem = dataclasses.replace(problem_of("plain"), spec=AttentionSpec(scale))
+    assert torch.equal(through(problem).isnan(), oracle(problem, torch.float32).isnan())
 
 
 @pytest.mark.parametrize("empty", [(0, 90), (90, 0)])
