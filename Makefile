@@ -122,11 +122,17 @@ RESULTS ?= benchmarks/results
 # Interrupted rather than ended, pytest still says what has failed. A test that hangs costs its
 # process, and whoever waits for the device in C hears no signal: by thread. Without pytest-xdist
 # what takes longest comes last.
+gpu-check: PYTHON := $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 gpu-check:
+	@$(PYTHON) -c 'import torch, triton, pytest' || { \
+		echo "$(PYTHON) has not all of torch, triton and pytest: name one that has, PYTHON=..."; exit 1; }
+	@[[ "$(GPU_ARGS)" == *--dry-run* ]] || \
+		$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+		echo "no CUDA device: GPU_ARGS=--dry-run shows that the code runs, and no figures"; exit 1; }
 	@rm -rf $(GPU) && mkdir -p $(GPU) $(RESULTS)
 	@cp -Rp adaattn_compiler benchmarks tests pyproject.toml $(GPU)/
 	@cp -Rp passes kernels $(GPU)/adaattn_compiler/
-	@$(PYTHON) setup.py -q egg_info --egg-base $(GPU) || { mkdir -p $(GPU)/fallback.egg-info && \
+	@$(PYTHON) setup.py -q egg_info --egg-base $(GPU) 2>/dev/null || { mkdir -p $(GPU)/fallback.egg-info && \
 		printf 'Metadata-Version: 2.1\nName: adaattn-compiler\nVersion: 0\n' \
 			> $(GPU)/fallback.egg-info/PKG-INFO && \
 		printf '[torch_dynamo_backends]\nadaattn = adaattn_compiler.backend:adaattn\n' \

@@ -27,6 +27,9 @@ from adaattn_compiler.records import Asked, SiteRecord, decided_so_far, numbered
 from adaattn_compiler.report import dump, log_sites, predictions, sources, table
 from adaattn_compiler.target import DeviceTarget, target_named
 
+_OTHER_OPTIONS = (
+    "the model was compiled before, maybe with options: those are not taken over, pass options="
+)
 _DISABLED = "AdaAttn is disabled (enabled=False): every graph goes to Inductor"
 _TRAINING = (
     "analysed for training (gradients are on): under torch.no_grad() other kernels may be chosen"
@@ -146,6 +149,8 @@ def explain(
     with _apart() as settings, contextlib.suppress(_Stopped):
         torch.compile(model, backend=backend, dynamic=dynamic, **settings)(*args, **kwargs)
     notes = [_NOT_RUN] if not run and _breaks() > breaks else []
+    if options is None and isinstance(model, torch._dynamo.OptimizedModule):
+        notes.append(_OTHER_OPTIONS)
     return _explanation(graphs, notes, asked)
 
 

@@ -76,7 +76,9 @@ def predictions(sites: Sequence[SiteRecord]) -> list[str]:
     shown = [name for name in cells[0] if any(cell[name] not in ("", "-") for cell in cells)]
     rows = [shown, *([cell[name] for name in shown] for cell in cells)]
     device = next(iter(alike)).device
-    return [f"\non {device}, by counting and compiling; nothing ran there:", _aligned(rows)]
+    decided = any(site.decision != "exact" for site in sites if site.prediction is not None)
+    of = ", of attention computed exactly, not as decided" if decided else ""
+    return [f"\non {device}, by counting and compiling{of}; nothing ran there:", _aligned(rows)]
 
 
 def _name(site: SiteRecord) -> str:

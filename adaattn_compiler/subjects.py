@@ -156,7 +156,7 @@ def in_mode(model: Any, train: bool) -> Any:
 def from_config(folder: str, batch: int, length: int, dtype: str | None, train: bool) -> Subject:
     """The model of a folder's config.json with random weights, given random token ids."""
     if not (Path(folder) / "config.json").is_file():
-        raise Fault(f"--hf {folder!r}: no config.json there")
+        raise Fault(f"--hf {folder!r}: no config.json there; give the folder that has one")
     wanted = None if dtype is None else dtype_of(dtype)
     try:
         import transformers

@@ -86,10 +86,14 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.instructions", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--capability", type=int, choices=(80, 90), default=90)
+    capability = parser.parse_args().capability
+    print(f"sm_{capability}, instructions for a score: in whole blocks, in blocks the mask cuts\n")
     print(_line(("attention", "D", "kernel", "tiles", "whole", "cut")))
-    for name, dim, kernel, tiles, loops in rows(parser.parse_args().capability):
+    for name, dim, kernel, tiles, loops in rows(capability):
         figures = [f"{each:.1f}" for each in loops[:2]]
         if len(figures) != 2:
             raise RuntimeError(f"{name}, D {dim}, {kernel}: {len(loops)} loops of products, not 2")

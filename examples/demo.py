@@ -80,6 +80,8 @@ def loaded(folder: Path) -> nn.Module:
     """A causal language model of transformers over bytes."""
     from transformers import AutoModelForCausalLM
 
+    if not (folder / "config.json").is_file():  # else it is looked for on the network
+        raise SystemExit(f"--model {folder}: no config.json there; give the folder that has one")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if model.config.vocab_size != 256:
         raise SystemExit(f"{folder}: its vocabulary is {model.config.vocab_size}, not 256 bytes")

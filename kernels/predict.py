@@ -175,7 +175,7 @@ def _resources(problem: Problem, plan: TritonPlan, capability: tuple[int, int]) 
     _, rows, columns = problem.shape.hints
     full_run = not plan.listed or tables_of(plan, rows, columns)[0].full_run
     try:
-        compiled = _compiled(plan, number, dtype, dims, full_run)
+        compiled = _compiled(plan, number, dtype, dims, full_run, columns % plan.tiles.keys != 0)
     except Exception as error:
         return {"note": f"not compiled: {first_line(error)}"}
     used = (name for code, name in _TENSOR_CORES.items() if code in compiled.ptx)
@@ -189,7 +189,12 @@ def _resources(problem: Problem, plan: TritonPlan, capability: tuple[int, int]) 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(
-    plan: TritonPlan, capability: int, dtype: str, dims: tuple[int, int], full_run: bool
+    plan: TritonPlan,
+    capability: int,
+    dtype: str,
+    dims: tuple[int, int],
+    full_run: bool,
+    ragged: bool,
 ) -> Compiled:
     """The kernel as the op launches it: beside the output, statistics are written in training."""
     given = (plan.made_for, dtype, dims, plan.tiles, capability)
@@ -202,4 +207,5 @@ def _compiled(
         has_statistics=plan.backward is not None,
         listed=plan.listed,
         full_run=full_run,
+        ragged=ragged,
     )

@@ -399,3 +399,14 @@ def test_source_is_shown_where_it_is_asked_for() -> None:
     assert explain(window, *tensors, options=options).sites[0].source is None
     other = explain(window, *tensors, options={"kernels": "sdpa"}, source=True)
     assert other.sites[0].source is None
+
+
+def test_options_of_a_compiled_model_are_said_not_to_be_taken_over() -> None:
+    compiled = torch.compile(SdpaBlock(), backend="adaattn", options={"kernels": "strips"})
+    x = torch.randn(2, 64, 16)
+    with torch.no_grad():
+        plain = explain(compiled, x)
+        given = explain(compiled, x, options={"kernels": "strips"})
+    assert any("pass options=" in note for note in plain.notes)
+    assert not any("pass options=" in note for note in given.notes)
+    assert {site.kernel for site in given.sites} == {"strips"}

@@ -16,6 +16,7 @@ from adaattn_compiler.kernels.predict import Prediction
 from adaattn_compiler.kernels.triton.compile import compiled_forward
 from adaattn_compiler.kernels.triton.launch import Tiles
 from adaattn_compiler.kernels.triton.source import Configuration
+from adaattn_compiler.report import predictions
 from adaattn_compiler.spec import AttentionSpec
 from adaattn_compiler.target import TARGETS, cpu_target
 
@@ -347,3 +348,10 @@ def test_a_model_that_is_not_run_says_what_it_leaves_out() -> None:
     assert not ran
     assert any("run=True" in note for note in explanation.notes)
     assert explained(*tensors(64)).notes == ()
+
+
+def test_figures_say_whether_they_are_of_what_was_decided() -> None:
+    (site,) = explained(*tensors(1024), target="sm_90").sites
+    heads = dataclasses.replace(site, decision="4 x window 64")
+    assert "not as decided" not in "".join(predictions([site]))
+    assert "of attention computed exactly, not as decided" in "".join(predictions([heads]))

@@ -153,15 +153,15 @@ class _Run:
         self.said = ""
 
     def result(self, seed: int) -> Calibration:
-        sites = self._measured()
-        if not sites:
-            refused = "; ".join(f"{k.name}: {why}" for k, why in self.board.refused.items())
-            raise ValueError(f"no attention to calibrate was found ({refused or 'none seen'})")
         if self.budget.kind == "max_perplexity_change" and not self.judge.has_logits:
             raise ValueError(
                 "max_perplexity_change wants a model that gives `logits` for `input_ids` or "
                 "`labels`; use output_budget or budget"
             )
+        sites = self._measured()
+        if not sites:
+            refused = "; ".join(f"{k.name}: {why}" for k, why in self.board.refused.items())
+            raise ValueError(f"no attention to calibrate was found ({refused or 'none seen'})")
         selection = self._selected(sites)
         timed = self._timed(selection, sites)
         selection = only_faster(selection, timed)

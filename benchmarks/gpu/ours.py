@@ -46,7 +46,9 @@ def our_decode(tiling: Tiling) -> Callable[[Case, Inputs], Attention]:
 
         shape = case.shape
         tiles = Tiles(tiling.rows, tiling.keys, tiling.warps, tiling.stages)
-        made_for = Configuration(case.form.spec, ("float32",) * case.form.operands)
+        made_for = Configuration(
+            case.form.spec, ("float32",) * case.form.operands, halves=case.dtype.itemsize == 2
+        )
         width = torch.cuda.get_device_properties(inputs.qkv[0].device).multi_processor_count
         splits = splits_for(shape.batch, shape.kv_heads, shape.columns, width)
 
@@ -94,7 +96,9 @@ def _configured(case: Case, tiling: Tiling) -> tuple[Any, Any]:
     from adaattn_compiler.kernels.triton.launch import Tiles
     from adaattn_compiler.kernels.triton.source import Configuration
 
-    made_for = Configuration(case.form.spec, ("float32",) * case.form.operands)
+    made_for = Configuration(
+        case.form.spec, ("float32",) * case.form.operands, halves=case.dtype.itemsize == 2
+    )
     return made_for, Tiles(tiling.rows, tiling.keys, tiling.warps, tiling.stages)
 
 

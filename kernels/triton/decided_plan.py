@@ -227,4 +227,4 @@ def audited(made_for: Configuration) -> Configuration:
         operands=(*spec.operands, OperandSpec("int", 1)),
         params=spec.params + 1,
     )
-    return Configuration(few, (*made_for.dtypes, "int64"))
+    return Configuration(few, (*made_for.dtypes, "int64"), made_for.halves)

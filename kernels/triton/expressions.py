@@ -37,9 +37,13 @@ _REAL = ("float32", "float64", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Tile(Printer):
-    """The Triton of one tile's expressions; dtypes: of the operands, names without "torch."."""
+    """The Triton of one tile's expressions.
+
+    dtypes: of the operands, names without "torch."; halves: see `Configuration`.
+    """
 
     dtypes: Sequence[str]
+    halves: bool = False
 
     language: ClassVar[str] = "Triton"
     forms: ClassVar[Mapping[Any, Form]] = {
@@ -52,6 +56,8 @@ class Tile(Printer):
     def printed(self, expression: Any, guard: str | None = None) -> str:
         if isinstance(expression, Relational):
             expression = self._with_key_alone(expression)
+        if self.halves and isinstance(expression, sympy.tanh):
+            return f"tanh_of_halves({self.printed(expression.args[0], guard)})"
         return super().printed(expression, guard)
 
     def _with_key_alone(self, relation: Any) -> Any:

@@ -54,9 +54,27 @@ def reciprocal(value):
 
 @triton.jit
 def tanh(value):
+    """Relative error 2^-22: x + x^3 P(x^2) near 0 (minimax), elsewhere by exp(-2 |x|)."""
+    x = tl.cast(value, tl.float32)
+    size = tl.abs(x)
+    square = x * x
+    p = -5.89515801e-3 * square + 2.07959716e-2
+    p = p * square - 5.37838303e-2
+    p = p * square + 1.33319241e-1
+    p = p * square - 3.3333298e-1
+    near = x + x * square * p
+    shrunk = tl.exp(-2.0 * size)
+    far = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(size < 0.6, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tanh_of_halves(value):
     """Relative error below 2^-21: x P(x^2) / Q(x^2), minimax up to 7.9, where it is all but 1.
 
-    Without a branch, and without an exponential, of which a processor does 16 at a time.
+    It takes 14 instructions of the other's 24, without an exponential, of which a processor does 16
+    at a time. Of scores capped at 50 it leaves 2e-5: ten times what float32 does, a twentieth of
+    what rounding weights to float16 does.
     """
     x = minimum(maximum(tl.cast(value, tl.float32), -7.9), 7.9)
     u = x * x

@@ -10,7 +10,6 @@ from typing import Any
 import sympy
 
 from adaattn_compiler.kernels.derivatives import derivative
-from adaattn_compiler.kernels.triton.expressions import Tile
 from adaattn_compiler.kernels.triton.ranges import Interval, row_ranges
 from adaattn_compiler.kernels.triton.readings import Reading, Sums, readings
 from adaattn_compiler.kernels.triton.source import Configuration, module_source
@@ -78,13 +77,13 @@ def _derivatives(made_for: Configuration) -> str:
 
 def _interval(made_for: Configuration, interval: Interval) -> str:
     ends = (sympy.sympify(end) for end in (interval.low, interval.high))
-    return "return " + ", ".join(Tile(made_for.dtypes).printed(end) for end in ends)
+    return "return " + ", ".join(made_for.tile.printed(end) for end in ends)
 
 
 def _times(gradient: str, made_for: Configuration, expression: Any, by: Any) -> str:
     """The gradient of what an expression reads, from the expression's own."""
     found = derivative(expression, by)
-    return gradient if found == 1 else f"{gradient} * {Tile(made_for.dtypes).printed(found)}"
+    return gradient if found == 1 else f"{gradient} * {made_for.tile.printed(found)}"
 
 
 def _sums(made_for: Configuration, found: Iterable[Reading]) -> str:

@@ -61,6 +61,7 @@ class TritonPlan:
                 "kernel": "triton",
                 "spec": self.made_for.spec.serialize(),
                 "operands": self.made_for.dtypes,
+                "halves": self.made_for.halves,
                 "tiles": dataclasses.astuple(self.tiles),
                 "listed": self.listed,
                 "precision": self.precision,
@@ -85,7 +86,7 @@ class TritonPlan:
             fields = ast.literal_eval(text)
             spec = AttentionSpec.deserialize(fields["spec"])
             return TritonPlan(
-                Configuration(spec, fields["operands"]),
+                Configuration(spec, fields["operands"], fields["halves"]),
                 Tiles(*fields["tiles"]),
                 fields["listed"],
                 fields["precision"],
@@ -109,7 +110,7 @@ def digest_of_code() -> str:
 def configuration_of(problem: Problem) -> Configuration:
     """What a problem's kernel is generated for."""
     names = (str(dtype).removeprefix("torch.") for dtype in problem.dtypes_of_operands())
-    return Configuration(problem.spec, tuple(names))
+    return Configuration(problem.spec, tuple(names), problem.dtype.itemsize == 2)
 
 
 def plan_of(problem: Problem, tiles: Tiles, target: DeviceTarget) -> TritonPlan:

@@ -30,15 +30,22 @@ _ROW_PRODUCTS = (_FOLDER / "rowproducts.py").read_text()
 
 @dataclass(frozen=True)
 class Configuration:
-    """What one module is generated for; dtypes: of the spec's operands, without "torch."."""
+    """What one module is generated for; dtypes: of the spec's operands, without "torch.". halves:
+    for q, k and v of 16 bits alone, beside whose rounding that of cheaper functions is nothing."""
 
     spec: AttentionSpec
     dtypes: tuple[str, ...] = ()
+    halves: bool = False
 
     @property
     def params(self) -> list[str]:
         """The names of the run-time numbers."""
         return [f"p{i}" for i in range(self.spec.params)]
+
+    @property
+    def tile(self) -> Tile:
+        """What prints its expressions."""
+        return Tile(self.dtypes, self.halves)
 
     @property
     def operands(self) -> list[str]:
@@ -168,7 +175,7 @@ def units(spec: AttentionSpec) -> tuple[float, float]:
 
 
 def _generated(made_for: Configuration) -> str:
-    spec, tile = made_for.spec, Tile(made_for.dtypes)
+    spec, tile = made_for.spec, made_for.tile
     sink = -sympy.oo if spec.sink is None else spec.sink
     ranges = key_ranges(spec.mask)
     functions = (

@@ -18,6 +18,7 @@ from adaattn_compiler.kernels.problem import Problem, Shape
 from adaattn_compiler.kernels.reference import reference_attention
 from adaattn_compiler.kernels.triton.launch import Tiles, forward
 from adaattn_compiler.kernels.triton.launch_decode import decode
+from adaattn_compiler.kernels.triton.plan import configuration_of
 from adaattn_compiler.kernels.triton.source import Configuration, fold
 from adaattn_compiler.kernels.triton.tables import BlockTable, block_table
 from adaattn_compiler.spec import AttentionSpec, EmptyRow, S, Where, k, param, q
@@ -90,6 +91,24 @@ def test_scores_may_be_turned_around_or_large(scale: float, score: sympy.Expr) -
     problem = dataclasses.replace(problem_of("plain"), spec=spec)
     exact, eager = oracle(problem, torch.float64), oracle(problem, torch.float32)
     assert_as_accurate(through(problem), eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_capped_scores_are_as_accurate_as_eager(dtype: torch.dtype, size: float) -> None:
+    # At 100 most lie near the cap, where its size tells.
+    spec = AttentionSpec(0.25, 50 * sympy.tanh(S / 50), sympy.Ge(q - k, 0))
+    problem = dataclasses.replace(problem_of("plain", dtype), spec=spec)
+    tensors, operands = random_inputs(problem)
+    tensors[:2] = (size * tensor for tensor in tensors[:2])
+    made_for = configuration_of(problem)
+    assert made_for.halves == (dtype == torch.float16)
+    out = forward(made_for, *tensors, operands, tiles=SMALL)
+    exact, eager = (
+        reference_attention(*(t.to(to) for t in tensors), [], (), spec)
+        for to in (torch.float64, dtype)
+    )
+    assert_as_accurate(out, eager, exact)
 
 
 def test_rows_filled_with_the_least_float_keep_their_weights() -> None:

@@ -19,7 +19,8 @@ TILES = {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 128, 8, 2)}
 
 def forward_loops(name: str, head_dim: int, *, ragged: bool = False) -> tuple[Loop, Loop]:
     """Of whole blocks and of those that the mask cuts, on sm_90."""
-    made_for, dims, tiles = Configuration(SPECS[name][0]), (head_dim, head_dim), TILES[head_dim]
+    made_for, dims = Configuration(SPECS[name][0], halves=True), (head_dim, head_dim)
+    tiles = TILES[head_dim]
     switches = {"has_lse": False, "has_statistics": False, "ragged": ragged}
     built = compiled_forward(made_for, "bfloat16", dims, tiles, 90, **switches)
     whole, cut = product_loops(built.cubin)
