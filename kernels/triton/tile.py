@@ -39,21 +39,30 @@ def load_rows(ptr, rows, stride, inside, DIM: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def load_block(source, first, rows, stride, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """The rows from `first` on: by the tensor memory accelerator where source is a descriptor.
+def load_next(ptr, first, rows, stride, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows from `first` on: what moves from block to block is one address, and places within a
+    block stay, where there are registers for them."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        if BLOCK == DIM and BLOCK <= 128:
+            start = ptr + tl.cast(first, tl.int64) * stride
+            tile = load_rows(start, tl.arange(0, rows.shape[0]), stride, inside, DIM, BLOCK)
+        else:
+            tile = load_rows(ptr, rows, stride, inside, DIM, BLOCK)
+    else:
+        tile = load_rows(ptr, rows, stride, inside, DIM, BLOCK)
+    return tile
 
-    Otherwise what moves from block to block is one address; places within a block stay. first: None
-    where the rows are any.
-    """
+
+@triton.jit
+def load_block(source, first, rows, stride, inside, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows from `first` on (None: any): by the tensor memory accelerator where source is a
+    descriptor."""
     if isinstance(source, tl.tensor_descriptor):
         tile = source.load([first, 0])
     elif first is None:
         tile = load_rows(source, rows, stride, inside, DIM, BLOCK)
-    elif BLOCK <= 128:
-        start = source + tl.cast(first, tl.int64) * stride
-        tile = load_rows(start, tl.arange(0, rows.shape[0]), stride, inside, DIM, BLOCK)
-    else:  # there are no registers for the places
-        tile = load_rows(source, rows, stride, inside, DIM, BLOCK)
+    else:
+        tile = load_next(source, first, rows, stride, inside, DIM, BLOCK)
     return tile
 
 
