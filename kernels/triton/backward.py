@@ -229,7 +229,9 @@ def attention_row_terms(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """delta, as the sum of P dP instead of dO O where the two should cancel: in rows of few keys,
+    """What the kernels that follow read of rows, once for all: m_i, 1 / l_i and delta.
+
+    delta is the sum of P dP instead of dO O where the two should cancel: in rows of few keys,
     and for what the score reads, whose gradient is the sum of many of either sign. They differ by
     the rounding of O."""
     b, h, row_block = head_and_block(H, tl.cdiv(M, BLOCK_M))

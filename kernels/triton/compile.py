@@ -1,19 +1,16 @@
 """Compiles generated modules for GPUs that need not be there, and says what they take.
 
-Private Triton, checked with 3.7 (torch 2.13): `triton.compile` of an `ASTSource`, its metadata, and
-the `cuobjdump` in Triton's package.
+Private Triton, checked with 3.7 (torch 2.13): `triton.compile` of an `ASTSource`, and its metadata.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from adaattn_compiler.kernels.triton.disassembly import said_of
 from adaattn_compiler.kernels.triton.gradient_source import backward_source
 from adaattn_compiler.kernels.triton.launch import (
     Products,
@@ -271,14 +268,6 @@ def built_for(
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of them that are spilled)."""
-    import triton
-
-    package = Path(triton.__file__).parent
-    tool = package / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command: list[Any] = [tool, "-res-usage", file]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = said_of(cubin, "cuobjdump", "-res-usage")
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]

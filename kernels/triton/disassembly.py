@@ -4,7 +4,7 @@ A multiprocessor of sm_80 or sm_90 issues four instructions in a cycle, each for
 what a score takes bounds the time of attention as its products do: on sm_90 those of a head
 dimension of 128 take as long as 16 instructions.
 
-By `nvdisasm` of Triton's package (checked with Triton 3.6 and 3.7).
+By the tools in Triton's package (checked with Triton 3.6 and 3.7).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Loop:
 
 def product_loops(cubin: bytes) -> tuple[Loop, ...]:
     """The innermost loops that multiply tiles, as they stand in the code."""
-    names, labels, jumps = _read(_disassembled(cubin))
+    names, labels, jumps = _read(said_of(cubin, "nvdisasm", "-c"))
     spans = [(labels[to], at) for at, to in jumps if labels.get(to, at + 1) <= at]
     innermost = [
         (start, stop)
@@ -69,12 +69,13 @@ def _read(text: str) -> tuple[list[str], dict[str, int], list[tuple[int, str]]]:
     return names, labels, jumps
 
 
-def _disassembled(cubin: bytes) -> str:
+def said_of(cubin: bytes, tool: str, option: str) -> str:
+    """What a tool of Triton's package prints of a compiled kernel."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [str(tool), "-c", str(file)]
+        command = [str(path), option, str(file)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

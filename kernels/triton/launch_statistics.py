@@ -32,10 +32,9 @@ from adaattn_compiler.kernels.triton.launch import (
 )
 from adaattn_compiler.kernels.triton.launch_decode import splits_for, tiles_for_few_rows
 from adaattn_compiler.kernels.triton.op import DTYPES
-from adaattn_compiler.kernels.triton.source import Configuration, statistics_source
+from adaattn_compiler.kernels.triton.source import LOG2_E, Configuration, statistics_source
 from adaattn_compiler.spec import AttentionSpec, EmptyRow
 
-_LOG2_E = 1.4426950408889634
 # Of the kernel for sampled scores; its rows and keys are not read.
 SAMPLING = Tiles(1, BLOCK, 4, 2)
 
@@ -247,7 +246,7 @@ def statistics_constants(spec: AttentionSpec, head_dim: int, tiles: Tiles) -> di
     return {
         **{name: shared[name] for name in names},
         "SCALE": spec.scale,
-        "UNIT": _LOG2_E,
+        "UNIT": LOG2_E,
         "SHUTS_OUT": shuts_out(spec),
         "NEAR": BLOCK,
         "QK": products_of("ieee").qk,

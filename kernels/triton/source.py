@@ -143,7 +143,7 @@ def _heading(made_for: Configuration, docstring: str) -> str:
     return '"""Attention.\n\n' + "\n".join(lines) + "\n\n" + docstring + '\n"""'
 
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 # Of the numbers in a score: see `fold`.
 _LARGE = 1e6
 
@@ -160,18 +160,18 @@ def fold(spec: AttentionSpec) -> float:
     """
     score, scale = spec.score, spec.scale
     if score == S:
-        return scale * _LOG2_E if 0 < scale < math.inf else 1.0
+        return scale * LOG2_E if 0 < scale < math.inf else 1.0
     numbers = (*score.atoms(sympy.Number), scale)
     is_large = not all(abs(number) <= _LARGE for number in numbers)
     of_a_call = score.has(Load, *(param(i) for i in range(spec.params)))
-    return 1.0 if is_large or of_a_call else _LOG2_E
+    return 1.0 if is_large or of_a_call else LOG2_E
 
 
 def units(spec: AttentionSpec) -> tuple[float, float]:
     """SCALE and UNIT of the templates."""
     if spec.score != S:
-        return spec.scale, _LOG2_E if fold(spec) == 1 else 1.0
-    return spec.scale * _LOG2_E / fold(spec), 1.0
+        return spec.scale, LOG2_E if fold(spec) == 1 else 1.0
+    return spec.scale * LOG2_E / fold(spec), 1.0
 
 
 def _generated(made_for: Configuration) -> str:
